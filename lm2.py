@@ -1,0 +1,466 @@
+"""LM2, the Large Memory Model (Kang et al. 2025, arXiv 2502.06049), in one file.
+
+A Llama-style decoder that reads long text in short segments. Attention sees its own segment
+only. Whatever must cross a segment border goes through a memory bank: every block reads the bank
+by cross-attention, and after the segment every block updates it through LSTM-like gates.
+
+What is here
+    decoder      RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, tied head
+    memory       read with an output gate, write with an input and a forget gate, in the first
+                 `memory_layers` blocks; each gate has a switch; `memory="none"` takes it all away
+    local mixer  an optional short causal convolution over the token embeddings
+    around it    generation with a key/value cache, optimizer groups, loading a checkpoint
+What is not here: several GPUs, dropout, pretrained weights.
+
+Glossary (B batch, T tokens of a segment, N memory slots, d width, V vocabulary)
+    in the code     in the paper     shape      what it is
+    memory          M_t              B x N x d  the memory bank; slot r starts as the one-hot row e_r
+    x               E_t, E_attn      B x T x d  token embeddings on their way through the blocks
+    recalled        E_mem            B x T x d  what the tokens read from the bank
+    output_gate     g_out            B x T x d  how much of it joins the decoder
+    candidate       (E_mem in 4-6)   B x N x d  what the slots would take up from the segment
+    input_gate      g_in             B x N x d  how much of that is written
+    forget_gate     g_forget         B x N x d  how much of the old slot stays
+    address         -                N x d      a learned name for each slot (ours)
+
+Where this departs from the paper, and why
+    * The paper's eqs. 3-6 mix T-row gates with N-row memory and only type-check for T = N. Here the
+      output gate multiplies what was read, and slots collect their news by cross-attention over
+      the segment's tokens, so T, N and d are free.
+    * No token may see a later one. All blocks read the bank as the *previous* segments left it and
+      write it after the segment, so causality holds by construction.
+    * The bank is an argument and a return value. Nothing is kept between calls, gradient flows
+      through every segment, and each document starts with a fresh bank.
+"""
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class LM2Config:
+    """Sizes and switches of a model. Raises ValueError where they cannot go together."""
+    vocab_size: int
+    block_size: int = 32        # tokens in a segment
+    n_layer: int = 2
+    n_head: int = 4             # query heads
+    n_kv_head: int = 4          # key/value heads, each shared by n_head / n_kv_head query heads
+    n_embd: int = 64            # width d
+    conv: int = 7               # tokens the local mixer sees; 0 = plain Llama
+    memory: str = "lm2"         # "lm2", or "none" for the decoder alone
+    memory_slots: int = 16      # N
+    memory_layers: int = -1     # the first k blocks carry the memory; -1 = all
+    output_gate: bool = True    # False: everything that was read joins the decoder
+    input_gate: bool = True     # False: always 1
+    forget_gate: bool = True    # False: always 1
+    rope_base: float = 10000.0  # slowest rotary wavelength / 2 pi, in tokens
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd",
+                     "memory_slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head "
+                             f"({2 * self.n_head}): rotary positions turn pairs of each head's "
+                             "channels; change one of the two")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head "
+                             f"({self.n_kv_head}): query heads share key/value heads evenly")
+        if self.conv < 0:
+            raise ValueError(f"conv is {self.conv}; use 0 for none or the number of tokens it sees")
+        if self.memory not in ("lm2", "none"):
+            raise ValueError(f"memory is {self.memory!r}; use 'lm2' or 'none'")
+        if not -1 <= self.memory_layers <= self.n_layer:
+            raise ValueError(f"memory_layers is {self.memory_layers}; use 0 to n_layer "
+                             f"({self.n_layer}), or -1 for all")
+
+
+# --------------------------------------------------------------------------------------------
+# The decoder
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al. 2021) 0 .. length - 1 for vectors of `dim` channels."""
+
+    def __init__(self, length, dim, base):
+        super().__init__()
+        frequency = base ** (-torch.arange(0, dim, 2) / dim)            # (dim / 2)
+        angle = torch.arange(length)[:, None] * frequency               # (length, dim / 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x, start=0):
+        """Turn the channel pairs of x (..., T, dim), which stands at start .. start + T - 1."""
+        stop = start + x.size(-2)
+        cos, sin = self.cos[start:stop], self.sin[start:stop]           # (T, dim / 2)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention within one segment."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim = config.n_embd // config.n_head
+        self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.key_value = nn.Linear(config.n_embd, 2 * self.n_kv_head * self.head_dim, bias=False)
+        self.output = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.rotary = Rotary(config.block_size, self.head_dim, config.rope_base)
+
+    def forward(self, x, cache=None):
+        """x (B, T, d) -> (B, T, d). A `cache` holds the segment's earlier keys and values."""
+        B, T, d = x.shape
+        q = self.query(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)   # (B, H, T, h)
+        kv = self.key_value(x).view(B, T, 2 * self.n_kv_head, self.head_dim)
+        k, v = kv.transpose(1, 2).chunk(2, dim=1)                                  # (B, KV, T, h)
+        start = cache["key"].size(2) if cache else 0
+        q, k = self.rotary(q, start), self.rotary(k, start)
+        if cache is not None:
+            k, v = extend(cache, "key", k, 2), extend(cache, "value", v, 2)
+        # with a cache, T is 1 or the segment starts here: the plain causal mask is right for both
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1,
+                                           enable_gqa=self.n_head != self.n_kv_head)
+        return self.output(y.transpose(1, 2).reshape(B, T, d))
+
+
+def extend(cache, name, new, dim):
+    """Append `new` to what the cache holds under `name` and return the whole."""
+    cache[name] = torch.cat((cache[name], new), dim) if name in cache else new
+    return cache[name]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020), 8/3 d wide as in Llama."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = max(8, 8 * config.n_embd // 3 // 8 * 8)
+        self.gate_up = nn.Linear(config.n_embd, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class LocalMixer(nn.Module):
+    """Causal depthwise convolution: each token sees itself and the few before it in its segment.
+
+    Without it a tiny decoder spends thousands of steps learning to bind a name to what follows.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_embd, 1, config.conv))
+
+    def forward(self, x, cache=None):
+        """x (B, T, d) -> (B, T, d); zeros stand before the segment's start."""
+        B, T, d = x.shape
+        width = self.weight.size(-1)
+        if cache is not None:
+            x = extend(cache, "embedding", x, 1)
+        x = x[:, -(T + width - 1):]
+        x = F.pad(x, (0, 0, T + width - 1 - x.size(1), 0)).transpose(1, 2)   # (B, d, T + width - 1)
+        return F.conv1d(x, self.weight, groups=d).transpose(1, 2)
+
+
+# --------------------------------------------------------------------------------------------
+# The memory
+
+class Gate(nn.Module):
+    """sigmoid(W x + b), stretched by a tenth beyond 0 and 1 and cut there: it can shut and open wholly.
+
+    A plain sigmoid never does either, and what leaks at every segment drowns a fact after a few
+    hundred. With `slots`, b has a row for each of them: a slot can be a latch or a scratch pad.
+    """
+
+    def __init__(self, width_in, width, slots=None):
+        super().__init__()
+        self.linear = nn.Linear(width_in, width, bias=False)
+        self.bias = nn.Parameter(torch.empty((slots, width) if slots else (width,)))
+
+    def forward(self, x):
+        return (1.2 * torch.sigmoid(self.linear(x) + self.bias) - 0.1).clamp(0.0, 1.0)
+
+
+class MemoryRead(nn.Module):
+    """Tokens read the bank by cross-attention (paper eqs. 1-3)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.n_embd
+        self.query = nn.Linear(d, d, bias=False)
+        self.key = nn.Linear(d, d, bias=False)
+        self.value = nn.Linear(d, d, bias=False)
+        self.output = nn.Linear(d, d, bias=False)
+        self.output_gate = Gate(d, d) if config.output_gate else None
+        self.address = nn.Parameter(torch.empty(config.memory_slots, d))
+
+    def forward(self, x, memory):
+        """x (B, T, d) normed, memory (B, N, d) -> what joins the attention's output, (B, T, d)."""
+        slots = normed(memory)
+        q, k, v = self.query(x), self.key(slots + self.address), self.value(slots)
+        recalled = attend(q, k, v)                                      # eqs. 1-2   (B, T, d)
+        if self.output_gate:
+            recalled = self.output_gate(recalled) * recalled                            # eq. 3
+        return self.output(recalled)
+
+
+class MemoryWrite(nn.Module):
+    """After a segment the slots collect its news and the gates mix them in (paper eqs. 4-6)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.n_embd
+        self.norm = nn.RMSNorm(d)
+        self.query = nn.Linear(d, d, bias=False)
+        self.key = nn.Linear(d, d, bias=False)
+        self.value = nn.Linear(d, d, bias=False)
+        slots = config.memory_slots
+        self.input_gate = Gate(2 * d, d, slots) if config.input_gate else None
+        self.forget_gate = Gate(2 * d, d, slots) if config.forget_gate else None
+        self.address = nn.Parameter(torch.empty(config.memory_slots, d))
+        self.rotary = Rotary(config.block_size + 1, d, config.rope_base)
+
+    def forward(self, x, memory):
+        """x (B, T, d) the block's output, memory (B, N, d) -> the new memory (B, N, d)."""
+        x = self.norm(x)
+        T = x.size(1)
+        # keys stand at their tokens' positions, queries behind the last: slots can prefer the latest
+        q = self.rotary(self.query(normed(memory) + self.address).unsqueeze(2), T).squeeze(2)
+        k, v = self.rotary(self.key(x)), self.value(x)                               # (B, T, d)
+        # one more key and value, all zero, let a slot attend to nothing where nothing concerns it
+        candidate = attend(q, F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)))        # (B, N, d)
+        seen = torch.cat((candidate, torch.tanh(memory)), dim=-1)                    # (B, N, 2d)
+        input_gate = self.input_gate(seen) if self.input_gate else 1.0                     # eq. 4
+        forget_gate = self.forget_gate(seen) if self.forget_gate else 1.0                  # eq. 5
+        return input_gate * torch.tanh(candidate) + forget_gate * memory                   # eq. 6
+
+
+def normed(x):
+    """x scaled to a root mean square of 1 over its last dimension (RMSNorm without weights)."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v with one head, as in the paper's eq. 1: (B, Q, d) from (B, K, d)."""
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
+# --------------------------------------------------------------------------------------------
+# The whole
+
+def load_checkpoint(path):
+    """The dictionary in a checkpoint; only data is loaded, no code. ValueError if it is not one."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint {path}; train one first: python train.py")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: checkpoint[key] for key in ("config", "model", "tokenizer", "train")}
+    except Exception:  # torch and pickle raise a dozen kinds
+        raise ValueError(f"{path} is no checkpoint of train.py, or it was cut short") from None
+
+
+class Block(nn.Module):
+    """A Llama block with a memory pathway beside its attention."""
+
+    def __init__(self, config, memory):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.n_embd)
+        self.attention = Attention(config)
+        self.read = MemoryRead(config) if memory else None
+        self.feed_forward_norm = nn.RMSNorm(config.n_embd)
+        self.feed_forward = FeedForward(config)
+        self.write = MemoryWrite(config) if memory else None
+
+    def forward(self, x, memory=None, cache=None):
+        """x (B, T, d), memory (B, N, d) -> (B, T, d). Does not change the memory."""
+        e = self.attention_norm(x)
+        x = x + self.attention(e, cache)               # E_attn: the original path, untouched
+        if self.read:
+            x = x + self.read(e, memory)               # E_next = E_attn + gated memory
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class LM2(nn.Module):
+    """Decoder and memory. See the module docstring for the idea and the glossary."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        depth = 0 if config.memory == "none" else config.memory_layers % (config.n_layer + 1)
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.mixer = LocalMixer(config) if config.conv else None
+        self.blocks = nn.ModuleList(Block(config, memory=i < depth) for i in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd)
+        self.register_buffer("start", torch.eye(config.memory_slots, config.n_embd),
+                             persistent=False)                                  # M_0, (N, d)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Every initial value.
+
+        matrices       normal, std 1 / sqrt(fan_in): a unit-variance input gives a unit-variance output
+        outputs        0 for the matrices that end in the residual stream: every block starts as the
+                       identity, and the first learns in a third of the steps it needs otherwise
+        embedding      normal, std 1 / sqrt(d): the tied head's logits start with variance 1
+        norms          1
+        gate biases    0, the forget gate 2: a bank that starts by keeping 88 % gets its gradient far
+        addresses      normal, std 0.1: small beside the slots, which start as one-hot rows of norm
+                       sqrt(d), or all content is read by slot number instead of by what it says
+        local mixer    the token itself 1, those before it normal with std 0.3
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("norm.weight"):
+                p.fill_(1.0)
+            elif name.endswith("forget_gate.bias"):
+                p.fill_(2.0)
+            elif name.endswith(("bias", "output.weight", "down.weight")):
+                p.zero_()
+            elif name.endswith("address"):
+                p.normal_(std=0.1)
+            elif name == "mixer.weight":
+                p.normal_(std=0.3)
+                p[:, :, -1] = 1.0
+            else:
+                p.normal_(std=p.size(-1) ** -0.5)
+
+    @property
+    def device(self):
+        return self.embedding.weight.device
+
+    def fresh_memory(self, batch_size):
+        """The banks of a new document, (B, K, N, d) for K blocks with memory; None without."""
+        depth = sum(block.write is not None for block in self.blocks)
+        return self.start.expand(batch_size, depth, -1, -1) if depth else None
+
+    def run_segment(self, tokens, memory, cache=None):
+        """One segment or, with a `cache`, its next tokens: reads the banks, does not write them.
+
+        tokens (B, T) -> hidden states (B, T, d) and the output of every block, a list of (B, T, d).
+        """
+        x = self.embedding(tokens)
+        if self.mixer:
+            x = self.mixer(x, cache[-1] if cache else None)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            bank = memory[:, i] if block.read else None
+            x = block(x, bank, cache[i] if cache else None)
+            outputs.append(x)
+        return x, outputs
+
+    def write_memory(self, outputs, memory):
+        """Every block writes its bank once, from its own output over the whole segment."""
+        if memory is None:
+            return None
+        banks = [block.write(x, bank) for block, x, bank
+                 in zip(self.blocks, outputs, memory.unbind(1))]
+        return torch.stack(banks, dim=1)                                # (B, K, N, d)
+
+    def forward(self, tokens, targets=None, memory=None, last=None):
+        """Read tokens segment by segment.
+
+        tokens   (B, T) int64, any T >= 1
+        targets  (B, T) int64: the next token to predict, -1 where nothing is scored
+        memory   (B, K, N, d) as returned by an earlier call; None: a fresh bank
+        last     K': return and score only the last K' positions, so that without gradients a long
+                 context needs no more working memory than a short one
+        Returns logits (B, T or K', vocab), the mean cross-entropy in nats (None without targets) and
+        the memory. Cutting a long input at multiples of block_size and passing the memory on gives
+        the same logits as one call. An unfinished last segment is written as if the text ended
+        there, so a cut anywhere else starts a new segment at that place.
+        """
+        B, T = tokens.shape
+        first = T - min(last or T, T)
+        memory = self.fresh_memory(B) if memory is None else memory
+        hidden = []
+        for start in range(0, T, self.config.block_size):
+            segment = tokens[:, start:start + self.config.block_size]
+            x, outputs = self.run_segment(segment, memory)
+            memory = self.write_memory(outputs, memory)
+            if start + segment.size(1) > first:
+                hidden.append(x[:, max(first - start, 0):])
+        logits = self.head(torch.cat(hidden, dim=1))                    # (B, T - first, vocab)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, first:].flatten(),
+                                   ignore_index=-1)
+        return logits, loss, memory
+
+    def head(self, x):
+        """Hidden states (B, T, d) -> logits (B, T, vocab); the weights are the embedding's."""
+        return F.linear(self.norm(x), self.embedding.weight)
+
+    @torch.no_grad()
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, memory=None):
+        """Continue tokens (B, T >= 1) by max_new_tokens; returns both, (B, T + max_new_tokens).
+
+        temperature 0 takes the likeliest token. Keys and values of the current segment are kept;
+        the bank is written when the segment is full, exactly as in `forward`.
+        """
+        memory = self.fresh_memory(tokens.size(0)) if memory is None else memory
+        cache, filled, new = self.empty_cache(), 0, tokens
+        generated = [tokens]
+        for _ in range(max_new_tokens):
+            while new.size(1):                       # the prompt may be many segments long
+                if filled == self.config.block_size:
+                    memory = self.write_memory([c["output"] for c in cache[:-1]], memory)
+                    cache, filled = self.empty_cache(), 0
+                part = new[:, :self.config.block_size - filled]
+                new = new[:, part.size(1):]
+                filled += part.size(1)
+                x, outputs = self.run_segment(part, memory, cache)
+                for block_cache, output in zip(cache, outputs):
+                    extend(block_cache, "output", output, 1)
+            logits = self.head(x[:, -1])                                # (B, vocab)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                logits = logits.float() / temperature
+                if top_k is not None:
+                    lowest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < lowest, -math.inf)
+                new = torch.multinomial(logits.softmax(-1), 1)          # (B, 1)
+            generated.append(new)
+        return torch.cat(generated, dim=1)
+
+    def empty_cache(self):
+        """A dictionary for each block, and one for the local mixer."""
+        return [{} for _ in range(len(self.blocks) + 1)]
+
+    def optimizer(self, lr=2e-3, muon_lr=1e-2, weight_decay=0.0):
+        """[Muon for the matrices inside blocks, AdamW for all else]; step both.
+
+        Only matrices decay, and of these not the gates'.
+        """
+        groups = {"matrix": [], "gate": [], "rest": []}
+        for name, p in self.named_parameters():
+            inside = p.dim() == 2 and name.startswith("blocks.") and name.endswith("weight")
+            groups["rest" if not inside else "gate" if "_gate." in name else "matrix"].append(p)
+        muon = [{"params": groups["matrix"], "weight_decay": weight_decay},
+                {"params": groups["gate"], "weight_decay": 0.0}]
+        return [torch.optim.Muon([g for g in muon if g["params"]], lr=muon_lr),
+                torch.optim.AdamW(groups["rest"], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+    @staticmethod
+    def load(path, device="cpu"):
+        """(model, tiktoken encoding) from a checkpoint. Raises ValueError if it is not one."""
+        import tiktoken
+        checkpoint = load_checkpoint(path)
+        try:
+            model = LM2(LM2Config(**checkpoint["config"]))
+            model.load_state_dict(checkpoint["model"])
+            tokens = [token.encode("latin-1") for token in checkpoint["tokenizer"]["tokens"]]
+            encoding = tiktoken.Encoding("lm2", pat_str=checkpoint["tokenizer"]["pattern"],
+                                         mergeable_ranks={t: i for i, t in enumerate(tokens)},
+                                         special_tokens={})
+        except Exception as error:
+            raise ValueError(f"{path} holds no lm2 model that fits this code: {error}") from None
+        return model.to(device).eval(), encoding

@@ -1,0 +1,422 @@
+"""Teach an LM2 to use its memory, and prove that it does.
+
+    python train.py                          # ten minutes on two CPU cores; ends in the proof table
+    python train.py --task=qa2 --steps=...   # two supporting facts
+    python train.py --data=book.txt          # any text instead of stories
+    python train.py --resume                 # go on exactly where a stopped run was
+
+The file reads from top to bottom: flags, set-up, data, model, the loop, the proof.
+Ctrl-C saves and ends; everything a run writes lies in the folder `--out`.
+"""
+import csv
+import math
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+import babilong_tiny as babi
+from babilong_tiny import die, flag, parse_flags
+from lm2 import LM2, LM2Config, load_checkpoint
+
+
+@dataclass
+class Flags:
+    # what to learn
+    task: str = flag("qa1", "bAbI task to learn", choices=babi.TASKS)
+    data: str = flag("", "a text file to learn instead of a task")
+    tokenizer: str = flag("words", "words, a name tiktoken knows such as gpt2, or a tiktoken file")
+    out: str = flag("out", "folder for the checkpoint and the log")
+    resume: bool = flag(False, "go on from the checkpoint in the folder --out")
+    # the model, see LM2Config
+    block_size: int = flag(64, "tokens in a segment")
+    n_layer: int = flag(2, "blocks")
+    n_head: int = flag(4, "attention heads")
+    n_kv_head: int = flag(2, "key/value heads")
+    n_embd: int = flag(64, "width")
+    conv: int = flag(7, "tokens the local mixer sees, 0 for none")
+    memory: str = flag("lm2", "kind of memory", choices=("lm2", "none"))
+    memory_slots: int = flag(16, "slots of a memory bank")
+    memory_layers: int = flag(-1, "the first k blocks have memory, -1 for all")
+    output_gate: bool = flag(True, "gate what is read")
+    input_gate: bool = flag(True, "gate what is written")
+    forget_gate: bool = flag(True, "gate what is kept")
+    # training
+    steps: int = flag(5000, "training steps")
+    batch_size: int = flag(32, "samples in a step while contexts are short")
+    batch_tokens: int = flag(8192, "most tokens in a step: long contexts come in smaller batches")
+    segments: int = flag(4, "segments of a context at the end of the curriculum")
+    long_segments: int = flag(16, "from then on, three steps in ten have contexts of up to this many")
+    cut: float = flag(0.3, "share of samples in which a segment border cuts a fact asked for")
+    questions: int = flag(3, "questions at the end of a training sample")
+    threshold: float = flag(0.9, "accuracy that lets the curriculum move on")
+    lr: float = flag(2e-3, "AdamW learning rate (embeddings, norms, biases)")
+    muon_lr: float = flag(1e-2, "Muon learning rate (matrices inside blocks)")
+    weight_decay: float = flag(0.0, "decay of matrices other than the gates'")
+    warmup: int = flag(50, "steps until the learning rate is whole")
+    cooldown: float = flag(0.35, "part of the steps at the end in which it falls to zero")
+    grad_clip: float = flag(1.0, "largest norm of the gradient")
+    seed: int = flag(0, "seed of weights and data")
+    # the machine and the log
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+    log_every: int = flag(50, "steps between log lines")
+    save_every: int = flag(500, "steps between checkpoints")
+    # the proof
+    eval_samples: int = flag(500, "samples in a row of the proof table (fewer where it says so)")
+    babi_dir: str = flag("", "folder of real bAbI files to test on as well; never trained on")
+
+
+# --------------------------------------------------------------------------------------------
+# Set-up: whatever can be wrong is found here, before anything is written
+
+flags = parse_flags(Flags, __doc__)
+path = os.path.join(flags.out, "ckpt.pt")
+checkpoint = None
+if flags.resume:
+    try:
+        checkpoint = load_checkpoint(path)
+        saved = Flags(**checkpoint["train"]["flags"])
+    except (ValueError, TypeError, KeyError) as error:
+        die(f"--resume: {error}")
+    given = {arg[2:].split("=")[0] for arg in sys.argv[1:]}
+    free = {"resume", "out", "device", "log_every", "save_every", "eval_samples", "babi_dir"}
+    for name in {f.name for f in fields(Flags)} - free:
+        if name in given and getattr(flags, name) != getattr(saved, name):
+            die(f"--{name}={getattr(flags, name)} differs from the run in {flags.out} "
+                f"({getattr(saved, name)}); leave it away to resume, or choose another --out")
+        setattr(flags, name, getattr(saved, name))
+
+for name, least in dict(steps=1, batch_size=1, batch_tokens=1, segments=2, questions=1, warmup=0, cut=0,
+                        long_segments=0,
+                        log_every=1, save_every=1, eval_samples=1, lr=0, muon_lr=0, cooldown=0,
+                        weight_decay=0, grad_clip=0, threshold=0).items():
+    if not getattr(flags, name) >= least or not math.isfinite(getattr(flags, name)):
+        die(f"--{name}={getattr(flags, name)}: it must be a number of at least {least}")
+
+try:
+    device = babi.find_device(flags.device)
+except ValueError as error:
+    die(error)
+kind = device.split(":")[0]
+if kind == "cuda" and torch.cuda.is_bf16_supported():
+    dtype, reason = torch.bfloat16, "the GPU computes it natively"
+else:
+    dtype, reason = torch.float32, f"safe and, at this size, fast on {kind}"
+autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+
+try:
+    text = None
+    if flags.data:
+        with open(flags.data, encoding="utf-8") as file:
+            text = file.read()
+    encoding = babi.load_encoding(flags.tokenizer, text or "")
+except (OSError, UnicodeDecodeError, ValueError) as error:
+    reason = "not a text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
+    die(f"--data={flags.data}: {reason}" if text is None and flags.data else reason)
+real = babi.load_babi(flags.babi_dir, flags.task) if flags.babi_dir else None
+
+try:
+    config = LM2Config(encoding.n_vocab, **{f.name: getattr(flags, f.name) for f in fields(LM2Config)
+                                            if hasattr(flags, f.name)})
+except ValueError as error:
+    die(f"this model cannot be built: {error}")
+
+# --------------------------------------------------------------------------------------------
+# Data: every batch is a function of (seed, step), so a resumed run sees the same ones
+
+if flags.data:
+    ids = torch.tensor(encoding.encode_ordinary(text))
+    window = flags.segments * flags.block_size
+    split = int(0.9 * len(ids))
+    if len(ids) - split <= window:
+        die(f"--data={flags.data}: {len(ids)} tokens; the last tenth is held out and must be longer "
+            f"than a window of {window}; use a longer text or fewer --segments")
+else:
+    noise = babi.make_noise(encoding, flags.seed)
+
+
+def story_batch(step, stage):
+    """(tokens, targets) of the curriculum's `stage`, with contexts of up to that many segments.
+
+    Once the curriculum is through, three steps in ten have contexts of up to `long_segments`.
+    Lengths are mostly no multiple of a segment, as in life. Half the samples spread their facts
+    over the whole context, half put them in its first part, so that the bank must hold them while
+    noise alone goes by. In a few, a border between segments runs through a fact that is asked for:
+    they are rare otherwise, and the last thing the model learns.
+    """
+    rng = random.Random(f"{flags.seed} {step}")
+    segments = rng.randint(2, stage)
+    most = 4 * (stage - 1) if stage < flags.segments else 1000  # facts in a story
+    if stage == flags.segments and rng.random() < 0.3:
+        segments = rng.randint(stage, max(stage, flags.long_segments))
+    length = segments * flags.block_size
+    if rng.random() < 0.7:
+        length = rng.randint(max(40, length - 2 * flags.block_size), length)
+    rows = max(1, min(flags.batch_size, flags.batch_tokens // length))
+    pairs = []
+    while len(pairs) < rows:
+        sample = babi.make_sample(flags.task, rng, flags.questions, most)
+        until = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
+        cut = flags.block_size if stage > 2 and rng.random() < flags.cut else None
+        try:
+            pairs.append(babi.to_tokens(sample, encoding, length, noise, rng, (0.0, until), cut))
+        except ValueError:  # this story does not fit here; the next may
+            pass
+    return babi.stack(pairs)
+
+
+def text_batch(step):
+    """(tokens, targets) of random windows of the text; the targets are the next tokens."""
+    rng = random.Random(f"{flags.seed} {step}")
+    rows = max(1, min(flags.batch_size, flags.batch_tokens // window))
+    starts = [rng.randrange(split - window) for _ in range(rows)]
+    return (torch.stack([ids[i:i + window] for i in starts]),
+            torch.stack([ids[i + 1:i + window + 1] for i in starts]))
+
+
+@torch.no_grad()
+def text_loss(most=200):
+    """Mean loss in nats per token and in bits per byte over windows of the held-out tail."""
+    total = n_tokens = n_bytes = 0
+    for i in list(range(split, len(ids) - window, window))[:most]:
+        piece = ids[i:i + window + 1]
+        with autocast:
+            loss = model(piece[None, :-1].to(device), piece[None, 1:].to(device))[1]
+        total += loss.item() * window
+        n_tokens += window
+        n_bytes += len(encoding.decode_bytes(piece[1:].tolist()))
+    return total / n_tokens, total / math.log(2) / n_bytes
+
+# --------------------------------------------------------------------------------------------
+# Model, optimizers, schedule
+
+torch.manual_seed(flags.seed)
+model = LM2(config).to(device)
+optimizers = model.optimizer(flags.lr, flags.muon_lr, flags.weight_decay)
+rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+# where the run stands: `stage` is the curriculum's longest context, `running` its mean accuracy
+state = {"step": 0, "stage": 2, "running": 0.0, "seconds": 0.0, "flags": asdict(flags)}
+if checkpoint:
+    try:
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, saved_optimizer in zip(optimizers, checkpoint["train"]["optimizers"]):
+            optimizer.load_state_dict(saved_optimizer)
+        state |= {key: checkpoint["train"][key] for key in ("step", "stage", "running", "seconds")}
+    except (KeyError, RuntimeError, ValueError):
+        die(f"--resume: {path} belongs to another model or version of this code")
+
+
+def rate(step):
+    """Share of the learning rate at this step: linear up, flat, linear down to a fiftieth."""
+    left = (flags.steps - step) / flags.steps
+    return min(1.0, (step + 1) / max(1, flags.warmup),
+               max(0.02, left / flags.cooldown if flags.cooldown else 1.0))
+
+
+def save():
+    """Write the checkpoint to the side and move it into place: a crash leaves the old one whole."""
+    data = {"config": asdict(config), "model": model.state_dict(),
+            "tokenizer": {"pattern": encoding._pat_str,
+                          "tokens": [encoding.decode_single_token_bytes(i).decode("latin-1")
+                                     for i in range(encoding.n_vocab)]},
+            "train": state | {"optimizers": [o.state_dict() for o in optimizers]}}
+    torch.save(data, path + ".new")
+    os.replace(path + ".new", path)
+
+
+class GateMeter:
+    """Mean openness of each kind of gate over the calls since the last reading."""
+
+    def __init__(self, model):
+        self.seen = {"input": [], "forget": [], "output": []}
+        for name, module in model.named_modules():
+            if name.endswith("_gate"):
+                kind = name.split(".")[-1].split("_")[0]
+                module.register_forward_hook(lambda _, __, value, kind=kind: self.seen[kind].append(
+                    value.detach().float().mean()))
+
+    def read(self):
+        means = {kind: sum(map(float, values)) / len(values) if values else math.nan
+                 for kind, values in self.seen.items()}
+        for values in self.seen.values():
+            values.clear()
+        return means
+
+
+try:
+    os.makedirs(flags.out, exist_ok=True)
+    with open(os.path.join(flags.out, ".writable"), "w"):
+        pass
+    os.remove(os.path.join(flags.out, ".writable"))
+    if os.path.exists(path) and not checkpoint:
+        os.replace(path, os.path.join(flags.out, "ckpt.old.pt"))
+        print(f"kept the earlier checkpoint as {os.path.join(flags.out, 'ckpt.old.pt')}")
+except OSError as error:
+    die(f"--out={flags.out}: cannot write there ({error.strerror})")
+
+# --------------------------------------------------------------------------------------------
+# The loop
+
+n_params = sum(p.numel() for p in model.parameters())
+print(f"device {device}, {torch.get_num_threads()} threads; {str(dtype)[6:]}: {reason}")
+print(f"model: {n_params:,} parameters, vocabulary {config.vocab_size}, memory {config.memory}")
+print(f"{flags.data or flags.task}: {flags.steps} steps, contexts of up to {max(flags.segments, flags.long_segments)} "
+      f"segments of {flags.block_size} tokens")
+
+log_path = os.path.join(flags.out, "log.csv")
+columns = ["step", "stage", "loss", "accuracy", "bits_per_byte", "tokens_per_second",
+           "input_gate", "forget_gate", "output_gate", "seconds"]
+rows = []
+if checkpoint and os.path.exists(log_path):  # drop what a crash left behind the checkpoint
+    with open(log_path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
+with open(log_path, "w", newline="") as file:
+    writer = csv.DictWriter(file, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+
+stop = []
+signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: end after this step
+meter = GateMeter(model)
+losses, accuracies, n_tokens, clock = [], [], 0, time.time()
+live = sys.stdout.isatty()  # on a terminal the log line is rewritten in place
+
+while state["step"] < flags.steps and not stop:
+    step = state["step"]
+    tokens, targets = text_batch(step) if flags.data else story_batch(step, state["stage"])
+    last_positions = None if flags.data else babi.answer_span(targets)
+    tokens, targets = tokens.to(device), targets.to(device)
+    for optimizer, base in zip(optimizers, rates):
+        for group, lr in zip(optimizer.param_groups, base):
+            group["lr"] = lr * rate(step)
+    with autocast:
+        logits, loss, _ = model(tokens, targets, last=last_positions)
+    losses.append(loss.item())
+    if not math.isfinite(losses[-1]):
+        print(f"\nstep {step}: the loss is {losses[-1]}. Stopped; what {flags.out} holds from before "
+              "is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
+        sys.exit(1)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    state["step"] += 1
+    n_tokens += tokens.numel()
+    targets = targets[:, -logits.size(1):]
+    begins = (targets >= 0) & (targets.roll(1, dims=1) < 0)      # first tokens of the answers
+    accuracies.append((logits.argmax(-1) == targets)[begins].float().mean().item())
+    if not flags.data:
+        state["running"] = 0.97 * state["running"] + 0.03 * accuracies[-1]
+        if state["running"] > flags.threshold and state["stage"] < flags.segments:
+            state["stage"] = min(flags.segments, state["stage"] + max(1, state["stage"] // 2))
+            state["running"] = 0.0
+
+    last = state["step"] == flags.steps or stop
+    if state["step"] % flags.log_every == 0 or last:
+        seconds = time.time() - clock
+        state["seconds"] += seconds
+        gates = meter.read()
+        row = {"step": state["step"], "stage": state["stage"],
+               "loss": sum(losses) / len(losses), "accuracy": sum(accuracies) / len(accuracies),
+               "tokens_per_second": n_tokens / seconds, "seconds": state["seconds"]}
+        row |= {f"{kind}_gate": value for kind, value in gates.items()}
+        if flags.data:
+            row["bits_per_byte"] = text_loss()[1]
+        with open(log_path, "a", newline="") as file:
+            csv.DictWriter(file, columns).writerow(
+                {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+        left = (flags.steps - state["step"]) * state["seconds"] / state["step"]
+        line = (f"step {row['step']:5d}/{flags.steps}"
+                + (f" | {row['bits_per_byte']:.3f} bits/byte held out" if flags.data else
+                   f" | up to {row['stage']} segments | accuracy {row['accuracy']:.3f}")
+                + f" | loss {row['loss']:.3f} | {row['tokens_per_second'] / 1000:.0f}k tokens/s"
+                + " | gates " + " ".join(f"{k} {v:.2f}" for k, v in gates.items() if v == v)
+                + f" | {left // 60:.0f}:{left % 60:02.0f} left")
+        print(("\r\033[K" if live else "") + line, end="" if live and not last else "\n", flush=True)
+        losses, accuracies, n_tokens, clock = [], [], 0, time.time()
+    if state["step"] % flags.save_every == 0 or last:
+        save()
+
+if stop:
+    print(f"stopped after step {state['step']}; go on with: python train.py --resume --out={flags.out}")
+    sys.exit(0)
+
+# --------------------------------------------------------------------------------------------
+# The proof
+
+model.eval()
+summary = {"steps": state["step"], "train_seconds": round(state["seconds"])}
+if flags.data:
+    nats, bits = text_loss(most=2000)
+    summary |= {"held_out_loss": round(nats, 4), "bits_per_byte": round(bits, 4)}
+
+
+def proof_row(samples, length, facts_in):
+    """{column: number} for one context length; stories that do not fit there are left out."""
+    rng = random.Random(f"proof {flags.seed} {length}")
+    fit, pairs = [], []
+    for sample in samples:
+        try:
+            pairs.append(babi.to_tokens(sample, encoding, length, proof_noise, rng, facts_in))
+            fit.append(sample)
+        except ValueError:
+            pass
+    right = {"memory": [], "wiped": [], "swapped": []}
+    for i in range(0, len(pairs), 50):
+        found = babi.answered_by_bank(model, *babi.stack(pairs[i:i + 50]))
+        right["memory"] += found["kept"].tolist()
+        right["wiped"] += found["wiped"].tolist()
+        right["swapped"] += found["swapped"].tolist()
+    return ({"tokens": length, "samples": len(fit)}
+            | {name: sum(hit) / len(hit) for name, hit in right.items()}
+            | babi.shortcuts(flags.task, fit))
+
+
+def without_noise(samples):
+    """Accuracy on the bare stories (BABILong's 0K)."""
+    right = [babi.answered(model, *babi.stack([babi.to_tokens(sample, encoding)])).item()
+             for sample in samples]
+    return {"tokens": "0K", "samples": len(right), "memory": sum(right) / len(right),
+            "wiped": math.nan, "swapped": math.nan} | babi.shortcuts(flags.task, samples)
+
+
+def show(title, rows):
+    """Print rows (dictionaries with the same keys) as a table."""
+    print(f"\n{title}")
+    widths = [max(8, len(name) + 2) for name in rows[0]]
+    print("".join(f"{name:>{width}}" for name, width in zip(rows[0], widths)))
+    for row in rows:
+        cells = ["-" if v != v else f"{v:.3f}" if isinstance(v, float) else str(v)
+                 for v in row.values()]
+        print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)), flush=True)
+
+
+if not flags.data:
+    proof_noise = babi.make_noise(encoding, f"proof {flags.seed}")  # a book never trained on
+    rng = random.Random(f"proof {flags.seed}")
+    made = [babi.make_sample(flags.task, rng) for _ in range(flags.eval_samples)]
+    trained = max(flags.segments, flags.long_segments) * flags.block_size
+    clock = time.time()
+    rows = [proof_row(made[:count], trained * times, (0.0, 0.5))
+            for times, count in ((1, None), (2, None), (4, 200), (16, 200), (64, 100))]
+    show("The proof: facts in the first half of the context only, question in the last segment", rows)
+    for row in rows:
+        times = row["tokens"] // trained
+        summary |= {f"memory_{times}x": row["memory"], f"wiped_{times}x": row["wiped"],
+                    f"swapped_{times}x": row["swapped"]}
+    if real:
+        rows = [without_noise(real)] + [proof_row(real[:count], length, (0.0, 1.0)) for length, count
+                                        in ((1024, 500), (4096, 200), (16384, 100))]
+        show(f"Real bAbI {flags.task}, facts anywhere (0K: no noise)", rows)
+        summary |= {f"real_{row['tokens']}": row["memory"] for row in rows}
+    summary["proof_seconds"] = round(time.time() - clock)
+
+print()
+for key, value in summary.items():
+    print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")
