@@ -2,7 +2,7 @@
 
     python babilong_tiny.py                                  # print samples a person can read
     python babilong_tiny.py --task=qa2 --length=256 --samples=1
-    python babilong_tiny.py --task=qa1 --babi_dir=tasks_1-20_v1-2/en   # the same from the real files
+    python babilong_tiny.py --babi_dir=tasks_1-20_v1-2/en    # stories from the real bAbI files
 
 What is here, in the order of the file
     the world        people, places, objects, and the sentences the released bAbI v1.2 files use
@@ -72,7 +72,7 @@ class Sample:
 
 
 class World:
-    """Who is where and who holds what. Where everything starts is random and hidden from readers."""
+    """Who is where and who holds what. Where all starts is random and hidden from the reader."""
 
     def __init__(self, rng):
         self.rng = rng
@@ -111,10 +111,10 @@ class World:
 
 def ask_qa1(facts):
     """Where is P? The place of P's last move."""
-    last = {fact.person: i for i, fact in enumerate(facts)}
-    return [(i, Question(f"Where is {fact.person}?", facts[last[fact.person]].thing,
-                         (last[fact.person],)))
-            for i, fact in enumerate(facts)]
+    moves = [(i, fact) for i, fact in enumerate(facts) if fact.action == "move"]
+    last = {fact.person: (i, fact.thing) for i, fact in moves}
+    return [(i, Question(f"Where is {fact.person}?", last[fact.person][1], (last[fact.person][0],)))
+            for i, fact in moves]
 
 
 def ask_qa2(facts):
@@ -136,6 +136,7 @@ def ask_qa2(facts):
 
 
 ASK = {"qa1": ask_qa1, "qa2": ask_qa2}
+ALONG = {"qa1": (), "qa2": ("qa1",)}  # steps on the way, asked along with it in training
 EXAMPLES = {  # a pattern of every question of the task, and one of them
     "qa1": (rf"Where is ({'|'.join(PEOPLE)})\?", "Where is Mary?"),
     "qa2": (rf"Where is the ({'|'.join(OBJECTS)})\?", "Where is the milk?"),
@@ -149,7 +150,7 @@ def askable(task, facts, window=WINDOW):
 
 
 def tell(task, rng, max_facts=1000):
-    """A story as bAbI makes it: statements in pairs, and after a pair a question if one can be asked.
+    """A story as bAbI makes it: statements in pairs, and after a pair a question where possible.
 
     Returns the facts up to one of its five questions, at most `max_facts` (>= 2) of them.
     """
@@ -163,12 +164,16 @@ def tell(task, rng, max_facts=1000):
 
 
 def make_sample(task, rng, n_questions=1, max_facts=1000):
-    """A `Sample`. One question follows bAbI's rule; more ask about anything in the whole story."""
+    """A `Sample`. One question follows bAbI's rule; several ask about anything in the story.
+
+    For qa2 the several include qa1's: who follows an object must follow its holder first.
+    """
     facts = tell(task, rng, max_facts)
     if n_questions == 1:
         questions = [rng.choice(askable(task, facts))]
     else:
-        questions = list({q.text: q for q in askable(task, facts, window=None)}.values())
+        questions = list({question.text: question for kind in (task, *ALONG[task])
+                          for question in askable(kind, facts, window=None)}.values())
         questions = rng.sample(questions, min(n_questions, len(questions)))
     return Sample(tuple(fact.text for fact in facts), tuple(questions))
 
@@ -250,7 +255,6 @@ def hide(facts, length, noise, rng, facts_in=(0.0, 1.0)):
 
     Noise runs in natural order from a random sentence, its last sentence cut to fit. Facts keep
     their order, never split a sentence and lie within the part `facts_in` of the context.
-    Returns the tokens and the position of each fact's first token.
     Raises ValueError if they do not fit there.
     """
     fact_length = sum(map(len, facts))
@@ -269,14 +273,14 @@ def hide(facts, length, noise, rng, facts_in=(0.0, 1.0)):
         raise ValueError(f"no sentence ends in the part {facts_in[0]:g} to {facts_in[1]:g} of "
                          f"{length} tokens of context")
     places = sorted(rng.choices(gaps, k=len(facts)))
-    tokens, starts = [], []
+    tokens, placed = [], 0
     for gap in range(len(offsets)):
-        while len(starts) < len(facts) and places[len(starts)] == gap:
-            starts.append(len(tokens))
-            tokens += facts[len(starts) - 1]
+        while placed < len(facts) and places[placed] == gap:
+            tokens += facts[placed]
+            placed += 1
         if gap < len(sentences):
             tokens += sentences[gap]
-    return tokens, starts
+    return tokens
 
 
 # --------------------------------------------------------------------------------------------
@@ -344,14 +348,12 @@ def answer_text(answer):
     return f" {answer}."
 
 
-def to_tokens(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0, 1.0), cut=None):
+def to_tokens(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0, 1.0)):
     """(tokens, targets) of one sample: context, then questions with their answers.
 
     `targets` holds the next token where it belongs to an answer, -1 everywhere else. With a
     `length` the facts are hidden in noise and there are exactly `length` tokens in all; without
-    one there is no noise (BABILong's 0K). With `cut`, facts are hidden anew, at most ten times,
-    until a border between segments of that size runs through a fact that is asked for.
-    Raises ValueError if the facts do not fit.
+    one there is no noise (BABILong's 0K). Raises ValueError if the facts do not fit.
     """
     end, scored = [], []
     for question in sample.questions:
@@ -363,11 +365,7 @@ def to_tokens(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0
     if length is None:
         context = [token for fact in facts for token in fact]
     else:
-        asked = {i for question in sample.questions for i in question.support}
-        for _ in range(10 if cut else 1):
-            context, starts = hide(facts, length - len(end), noise, rng, facts_in)
-            if cut and any(starts[i] // cut < (starts[i] + len(facts[i]) - 2) // cut for i in asked):
-                break
+        context = hide(facts, length - len(end), noise, rng, facts_in)
     tokens = context + end
     targets = [-1] * len(context) + [t if s else -1 for t, s in zip(end, scored)]
     return tokens, targets[1:] + [-1]
@@ -413,7 +411,7 @@ def answered_by_bank(model, tokens, targets):
     tokens, targets = tokens.to(model.device), targets[:, border:]
     memory = model(tokens[:, :border], last=1)[2]
     banks = {"kept": memory, "wiped": None,
-             "swapped": None if memory is None else memory.roll(1, dims=0)}
+             "swapped": memory.map(lambda part: part.roll(1, dims=0))}
     return {name: hits(model(tokens[:, border:], memory=bank)[0].cpu(), targets)
             for name, bank in banks.items()}
 
@@ -443,11 +441,13 @@ def die(message):
 
 def find_device(name):
     """"auto" becomes cuda, mps or cpu, whichever is there first. ValueError if `name` is not."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
     if name == "auto":
         return next(kind for kind in have if have[kind])
     if not have.get(name.split(":")[0]):
-        raise ValueError(f"--device={name}: this machine has {', '.join(k for k in have if have[k])}")
+        there = ", ".join(kind for kind in have if have[kind])
+        raise ValueError(f"--device={name}: not on this machine; it has {there}")
     try:
         torch.empty(1, device=name)
     except RuntimeError:
@@ -522,7 +522,8 @@ def main():
         sample = rng.choice(real) if real else make_sample(flags.task, rng)
         question = sample.questions[0]
         try:
-            tokens, _ = to_tokens(sample, encoding, flags.length or None, noise, rng, flags.facts_in)
+            tokens, _ = to_tokens(sample, encoding, flags.length or None, noise, rng,
+                                  flags.facts_in)
         except ValueError as error:
             die(f"{error}; use a larger --length or a wider --facts_in")
         text = encoding.decode(tokens)

@@ -14,7 +14,7 @@ What is not here: several GPUs, dropout, pretrained weights.
 
 Glossary (B batch, T tokens of a segment, N memory slots, d width, V vocabulary)
     in the code     in the paper     shape      what it is
-    memory          M_t              B x N x d  the memory bank; slot r starts as the one-hot row e_r
+    memory          M_t              B x N x d  a block's memory bank; starts as eye(N, d)
     x               E_t, E_attn      B x T x d  token embeddings on their way through the blocks
     recalled        E_mem            B x T x d  what the tokens read from the bank
     output_gate     g_out            B x T x d  how much of it joins the decoder
@@ -22,6 +22,7 @@ Glossary (B batch, T tokens of a segment, N memory slots, d width, V vocabulary)
     input_gate      g_in             B x N x d  how much of that is written
     forget_gate     g_forget         B x N x d  how much of the old slot stays
     address         -                N x d      a learned name for each slot (ours)
+K blocks with memory have K banks; the model takes and returns them together, see `Memory`.
 
 Where this departs from the paper, and why
     * The paper's eqs. 3-6 mix T-row gates with N-row memory and only type-check for T = N. Here the
@@ -29,12 +30,16 @@ Where this departs from the paper, and why
       the segment's tokens, so T, N and d are free.
     * No token may see a later one. All blocks read the bank as the *previous* segments left it and
       write it after the segment, so causality holds by construction.
-    * The bank is an argument and a return value. Nothing is kept between calls, gradient flows
-      through every segment, and each document starts with a fresh bank.
+    * Every block has a bank of its own. When the blocks write one bank in turn, as in the paper's
+      M_t -> M_{t+1}, each overwrites what the one before took up, and little is learned.
+    * Gates can shut and open wholly, and each slot has its own gate biases: see `Gate`.
+    * The banks are an argument and a return value. Nothing is kept between calls, gradient flows
+      through every segment, and each document starts afresh.
 """
 import math
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -45,10 +50,10 @@ import torch.nn.functional as F
 class LM2Config:
     """Sizes and switches of a model. Raises ValueError where they cannot go together."""
     vocab_size: int
-    block_size: int = 32        # tokens in a segment
+    block_size: int = 64        # tokens in a segment
     n_layer: int = 2
     n_head: int = 4             # query heads
-    n_kv_head: int = 4          # key/value heads, each shared by n_head / n_kv_head query heads
+    n_kv_head: int = 2          # key/value heads, each shared by n_head / n_kv_head query heads
     n_embd: int = 64            # width d
     conv: int = 7               # tokens the local mixer sees; 0 = plain Llama
     memory: str = "lm2"         # "lm2", or "none" for the decoder alone
@@ -78,6 +83,25 @@ class LM2Config:
         if not -1 <= self.memory_layers <= self.n_layer:
             raise ValueError(f"memory_layers is {self.memory_layers}; use 0 to n_layer "
                              f"({self.n_layer}), or -1 for all")
+
+
+# --------------------------------------------------------------------------------------------
+# Small helpers
+
+def normed(x):
+    """x scaled to a root mean square of 1 over its last dimension (RMSNorm without weights)."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v with one head, as in eq. 1. q (B, Q, d), k and v (B, K, d)."""
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
+def extend(cache, name, new, dim):
+    """Append `new` to what the cache holds under `name` and return the whole."""
+    cache[name] = torch.cat((cache[name], new), dim) if name in cache else new
+    return cache[name]
 
 
 # --------------------------------------------------------------------------------------------
@@ -129,12 +153,6 @@ class Attention(nn.Module):
         return self.output(y.transpose(1, 2).reshape(B, T, d))
 
 
-def extend(cache, name, new, dim):
-    """Append `new` to what the cache holds under `name` and return the whole."""
-    cache[name] = torch.cat((cache[name], new), dim) if name in cache else new
-    return cache[name]
-
-
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020), 8/3 d wide as in Llama."""
 
@@ -150,31 +168,29 @@ class FeedForward(nn.Module):
 
 
 class LocalMixer(nn.Module):
-    """Causal depthwise convolution: each token sees itself and the few before it in its segment.
+    """Causal depthwise convolution: each token sees its own embedding and those of the few before.
 
     Without it a tiny decoder spends thousands of steps learning to bind a name to what follows.
+    It runs on over segment borders: one border in two cuts a sentence, and "Mary went to the" in
+    one segment and "kitchen." in the next are of no use to a reader of segments.
     """
 
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.n_embd, 1, config.conv))
 
-    def forward(self, x, cache=None):
-        """x (B, T, d) -> (B, T, d); zeros stand before the segment's start."""
-        B, T, d = x.shape
-        width = self.weight.size(-1)
-        if cache is not None:
-            x = extend(cache, "embedding", x, 1)
-        x = x[:, -(T + width - 1):]
-        x = F.pad(x, (0, 0, T + width - 1 - x.size(1), 0)).transpose(1, 2)   # (B, d, T + width - 1)
-        return F.conv1d(x, self.weight, groups=d).transpose(1, 2)
+    def forward(self, x, tail):
+        """x (B, T, d) and the embeddings before it (B, width - 1, d) -> (B, T, d) and the new tail."""
+        x = torch.cat((tail, x), dim=1)                                 # (B, width - 1 + T, d)
+        mixed = F.conv1d(x.transpose(1, 2), self.weight, groups=x.size(-1)).transpose(1, 2)
+        return mixed, x[:, x.size(1) - tail.size(1):]
 
 
 # --------------------------------------------------------------------------------------------
 # The memory
 
 class Gate(nn.Module):
-    """sigmoid(W x + b), stretched by a tenth beyond 0 and 1 and cut there: it can shut and open wholly.
+    """sigmoid(W x + b), stretched to -0.1 .. 1.1 and cut at 0 and 1: it can shut and open wholly.
 
     A plain sigmoid never does either, and what leaks at every segment drowns a fact after a few
     hundred. With `slots`, b has a row for each of them: a slot can be a latch or a scratch pad.
@@ -232,7 +248,7 @@ class MemoryWrite(nn.Module):
         """x (B, T, d) the block's output, memory (B, N, d) -> the new memory (B, N, d)."""
         x = self.norm(x)
         T = x.size(1)
-        # keys stand at their tokens' positions, queries behind the last: slots can prefer the latest
+        # keys stand where their tokens do, queries behind the last: slots can prefer the latest
         q = self.rotary(self.query(normed(memory) + self.address).unsqueeze(2), T).squeeze(2)
         k, v = self.rotary(self.key(x)), self.value(x)                               # (B, T, d)
         # one more key and value, all zero, let a slot attend to nothing where nothing concerns it
@@ -241,16 +257,6 @@ class MemoryWrite(nn.Module):
         input_gate = self.input_gate(seen) if self.input_gate else 1.0                     # eq. 4
         forget_gate = self.forget_gate(seen) if self.forget_gate else 1.0                  # eq. 5
         return input_gate * torch.tanh(candidate) + forget_gate * memory                   # eq. 6
-
-
-def normed(x):
-    """x scaled to a root mean square of 1 over its last dimension (RMSNorm without weights)."""
-    return F.rms_norm(x, x.shape[-1:])
-
-
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v with one head, as in the paper's eq. 1: (B, Q, d) from (B, K, d)."""
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 
 # --------------------------------------------------------------------------------------------
@@ -288,6 +294,16 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
+class Memory(NamedTuple):
+    """All that a document leaves behind for its next segment."""
+    banks: torch.Tensor     # (B, K, N, d), for K blocks with memory
+    tail: torch.Tensor      # (B, conv - 1, d), the last embeddings, for the local mixer alone
+
+    def map(self, function):
+        """The function done to both, as in memory.map(torch.Tensor.detach)."""
+        return Memory(*map(function, self))
+
+
 class LM2(nn.Module):
     """Decoder and memory. See the module docstring for the idea and the glossary."""
 
@@ -307,14 +323,14 @@ class LM2(nn.Module):
     def init_weights(self):
         """Every initial value.
 
-        matrices       normal, std 1 / sqrt(fan_in): a unit-variance input gives a unit-variance output
+        matrices       normal, std 1 / sqrt(fan_in): variance 1 in, variance 1 out
         outputs        0 for the matrices that end in the residual stream: every block starts as the
-                       identity, and the first learns in a third of the steps it needs otherwise
+                       identity, and the memory of the first is learned in far fewer steps
         embedding      normal, std 1 / sqrt(d): the tied head's logits start with variance 1
         norms          1
-        gate biases    0, the forget gate 2: a bank that starts by keeping 88 % gets its gradient far
-        addresses      normal, std 0.1: small beside the slots, which start as one-hot rows of norm
-                       sqrt(d), or all content is read by slot number instead of by what it says
+        gate biases    0, the forget gate 2: a bank that keeps most at first gets its gradient far
+        addresses      normal, std 0.1: small beside the slots' norm of sqrt(d), or the tokens learn
+                       to read by slot number instead of by what a slot says
         local mixer    the token itself 1, those before it normal with std 0.3
         """
         for name, p in self.named_parameters():
@@ -337,45 +353,44 @@ class LM2(nn.Module):
         return self.embedding.weight.device
 
     def fresh_memory(self, batch_size):
-        """The banks of a new document, (B, K, N, d) for K blocks with memory; None without."""
+        """The `Memory` of a new document: every slot its one-hot row, no token before the first."""
         depth = sum(block.write is not None for block in self.blocks)
-        return self.start.expand(batch_size, depth, -1, -1) if depth else None
+        tail = self.start.new_zeros(batch_size, max(self.config.conv - 1, 0), self.config.n_embd)
+        return Memory(self.start.expand(batch_size, depth, -1, -1), tail)
 
     def run_segment(self, tokens, memory, cache=None):
         """One segment or, with a `cache`, its next tokens: reads the banks, does not write them.
 
-        tokens (B, T) -> hidden states (B, T, d) and the output of every block, a list of (B, T, d).
+        tokens (B, T) -> the outputs of all blocks, a list of (B, T, d), and the memory, in which only
+        the tail is new.
         """
-        x = self.embedding(tokens)
+        x, tail = self.embedding(tokens), memory.tail
         if self.mixer:
-            x = self.mixer(x, cache[-1] if cache else None)
+            x, tail = self.mixer(x, tail)
         outputs = []
         for i, block in enumerate(self.blocks):
-            bank = memory[:, i] if block.read else None
-            x = block(x, bank, cache[i] if cache else None)
+            x = block(x, memory.banks[:, i] if block.read else None, cache[i] if cache else None)
             outputs.append(x)
-        return x, outputs
+        return outputs, Memory(memory.banks, tail)
 
     def write_memory(self, outputs, memory):
         """Every block writes its bank once, from its own output over the whole segment."""
-        if memory is None:
-            return None
         banks = [block.write(x, bank) for block, x, bank
-                 in zip(self.blocks, outputs, memory.unbind(1))]
-        return torch.stack(banks, dim=1)                                # (B, K, N, d)
+                 in zip(self.blocks, outputs, memory.banks.unbind(1))]
+        return Memory(torch.stack(banks, dim=1), memory.tail) if banks else memory
 
     def forward(self, tokens, targets=None, memory=None, last=None):
         """Read tokens segment by segment.
 
         tokens   (B, T) int64, any T >= 1
         targets  (B, T) int64: the next token to predict, -1 where nothing is scored
-        memory   (B, K, N, d) as returned by an earlier call; None: a fresh bank
-        last     K': return and score only the last K' positions, so that without gradients a long
-                 context needs no more working memory than a short one
-        Returns logits (B, T or K', vocab), the mean cross-entropy in nats (None without targets) and
-        the memory. Cutting a long input at multiples of block_size and passing the memory on gives
-        the same logits as one call. An unfinished last segment is written as if the text ended
-        there, so a cut anywhere else starts a new segment at that place.
+        memory   the `Memory` that an earlier call returned; None: a fresh one
+        last     return and score only the last so many positions: without gradients a long context
+                 then needs no more working memory than a short one
+        Returns logits (B, T or last, vocab), the mean cross-entropy in nats (None without targets)
+        and the memory. Cutting a long input at multiples of block_size and passing the memory on
+        gives the same logits as one call. An unfinished last segment is written as if the text
+        ended there, so a cut anywhere else starts a new segment at that place.
         """
         B, T = tokens.shape
         first = T - min(last or T, T)
@@ -383,10 +398,10 @@ class LM2(nn.Module):
         hidden = []
         for start in range(0, T, self.config.block_size):
             segment = tokens[:, start:start + self.config.block_size]
-            x, outputs = self.run_segment(segment, memory)
+            outputs, memory = self.run_segment(segment, memory)
             memory = self.write_memory(outputs, memory)
             if start + segment.size(1) > first:
-                hidden.append(x[:, max(first - start, 0):])
+                hidden.append(outputs[-1][:, max(first - start, 0):])
         logits = self.head(torch.cat(hidden, dim=1))                    # (B, T - first, vocab)
         loss = None
         if targets is not None:
@@ -411,15 +426,15 @@ class LM2(nn.Module):
         for _ in range(max_new_tokens):
             while new.size(1):                       # the prompt may be many segments long
                 if filled == self.config.block_size:
-                    memory = self.write_memory([c["output"] for c in cache[:-1]], memory)
+                    memory = self.write_memory([c["output"] for c in cache], memory)
                     cache, filled = self.empty_cache(), 0
                 part = new[:, :self.config.block_size - filled]
                 new = new[:, part.size(1):]
                 filled += part.size(1)
-                x, outputs = self.run_segment(part, memory, cache)
+                outputs, memory = self.run_segment(part, memory, cache)
                 for block_cache, output in zip(cache, outputs):
                     extend(block_cache, "output", output, 1)
-            logits = self.head(x[:, -1])                                # (B, vocab)
+            logits = self.head(outputs[-1][:, -1])                                # (B, vocab)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -432,8 +447,8 @@ class LM2(nn.Module):
         return torch.cat(generated, dim=1)
 
     def empty_cache(self):
-        """A dictionary for each block, and one for the local mixer."""
-        return [{} for _ in range(len(self.blocks) + 1)]
+        """For each block a dictionary of the segment's keys, values and outputs so far."""
+        return [{} for _ in self.blocks]
 
     def optimizer(self, lr=2e-3, muon_lr=1e-2, weight_decay=0.0):
         """[Muon for the matrices inside blocks, AdamW for all else]; step both.

@@ -1,6 +1,6 @@
 """Use a trained model: ask about a story, or let it continue a text.
 
-    python sample.py --story="Mary went to the kitchen. John moved to the office." --ask="Where is Mary?"
+    python sample.py --story="Mary went to the kitchen. John got up." --ask="Where is Mary?"
     python sample.py --story=story.txt                # asks you for questions
     python sample.py                                  # type facts and questions, line by line
     python sample.py --prompt="Once upon a time" --temperature=0.8 --top_k=50

@@ -81,7 +81,8 @@ def test_read_gates_and_write_equal_a_slow_loop():
 
     def linear(layer, v):
         bias = layer.bias.tolist() if layer.bias is not None else [0.0] * layer.out_features
-        return [sum(w * a for w, a in zip(row, v)) + b for row, b in zip(layer.weight.tolist(), bias)]
+        return [sum(w * a for w, a in zip(row, v)) + b
+                for row, b in zip(layer.weight.tolist(), bias)]
 
     def rms(v, weight=None, eps=torch.finfo(torch.float64).eps):
         scale = math.sqrt(sum(a * a for a in v) / len(v) + eps)
@@ -153,12 +154,14 @@ def test_gates_can_keep_the_bank_whole_or_replace_it():
 def test_gradient_reaches_the_first_segment_unless_it_is_cut():
     model, tokens = random_model(), random_tokens(T=12)
     for cut in (False, True):
-        first = model.fresh_memory(2).clone().requires_grad_()
+        first = model.fresh_memory(2).map(torch.clone)
+        first.banks.requires_grad_()
         memory = model(tokens[:, :8], memory=first)[2]
-        model(tokens[:, 8:], memory=memory.detach() if cut else memory)[0].sum().backward()
-        assert (first.grad is None) == cut
+        memory = memory.map(torch.Tensor.detach) if cut else memory
+        model(tokens[:, 8:], memory=memory)[0].sum().backward()
+        assert (first.banks.grad is None) == cut
         if not cut:
-            assert first.grad.abs().max() > 0
+            assert first.banks.grad.abs().max() > 0
 
 
 def test_rows_of_a_batch_are_independent():
@@ -167,7 +170,7 @@ def test_rows_of_a_batch_are_independent():
     for row in range(3):
         alone = model(tokens[row:row + 1])
         assert torch.allclose(alone[0][0], logits[row], atol=1e-12)
-        assert torch.allclose(alone[2][0], memory[row], atol=1e-12)
+        assert torch.allclose(alone[2].banks[0], memory.banks[row], atol=1e-12)
 
 
 def test_the_module_keeps_nothing_between_calls():
@@ -184,7 +187,8 @@ def test_many_calls_equal_one_call():
     for start, stop in ((0, 4), (4, 12), (12, 18)):
         logits, _, memory = model(tokens[:, start:stop], memory=memory)
         parts.append(logits)
-    assert torch.equal(torch.cat(parts, 1), whole) and torch.equal(memory, final)
+    assert torch.equal(torch.cat(parts, 1), whole)
+    assert torch.equal(memory.banks, final.banks) and torch.equal(memory.tail, final.tail)
 
 
 def test_the_last_logits_alone_are_the_same():
@@ -214,7 +218,7 @@ def test_any_lengths_slots_and_widths_fit(T, N, d, layers):
     model = random_model(memory_slots=N, n_embd=d, memory_layers=layers)
     logits, loss, memory = model(random_tokens(T=T), random_tokens(T=T, seed=1))
     assert logits.shape == (2, T, 11) and loss.ndim == 0
-    assert memory is None if layers == 0 else memory.shape == (2, layers, N, d)
+    assert memory.banks.shape == (2, layers, N, d) and memory.tail.shape == (2, 2, d)
 
 
 @pytest.mark.parametrize("switch", ["output_gate", "input_gate", "forget_gate"])
@@ -364,7 +368,7 @@ def test_noise_names_nothing_from_the_stories():
 
 def test_the_tokenizer_gives_any_text_back():
     encoding = babi.word_encoding("Call me Ishmael. Call me again.")
-    for text in (" Mary went to the kitchen.", "na\u00efve \u6f22\u5b57 \U0001f600\r\n\t", "", "a  b", "Ishmael"):
+    for text in (" Mary went to a kitchen.", "na\u00efve \u6f22\u5b57 \U0001f600\r\n\t", "", "a  b"):
         assert encoding.decode(encoding.encode_ordinary(text)) == text
     assert len(encoding.encode_ordinary(" Mary went back to the kitchen.")) == 7
     assert len(encoding.encode_ordinary(" Ishmael")) == 1
@@ -381,7 +385,7 @@ def test_real_babi_files_are_read_and_broken_lines_named(tmp_path):
                             "Mary went to the office.")
     assert second.questions[0] == babi.Question("Where is Mary?", "office", (2,))
     assert third.facts == ("John went to the garden.",)
-    for broken in ("1 Mary moved.\nnonsense\n", "1 Mary moved.\n2 Where?\toffice\t7\n", "1 Mary.\n"):
+    for broken in ("1 Mary ran.\nnonsense\n", "1 Mary ran.\n2 Where?\toffice\t7\n", "1 Mary.\n"):
         path.write_text(broken)
         with pytest.raises(ValueError, match="line 2|no question"):
             babi.read_babi(path)
@@ -536,3 +540,12 @@ def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path):
         flags.append(f"--out={tmp_path}/out")
     assert names in run(script, *flags, ok=False)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_the_memory_is_learned_and_nothing_else_does_it(tmp_path):
+    """Facts in the first segment, questions in the second: right with the bank, chance without."""
+    out = run("train.py", "--segments=2", "--long_segments=0", "--steps=700", f"--out={tmp_path}",
+              "--eval_samples=200", "--log_every=100", "--device=cpu")
+    accuracy = {key: float(value) for key, value in re.findall(r"(\w+_1x): ([\d.]+)", out)}
+    assert accuracy["memory_1x"] > 0.8, out
+    assert accuracy["wiped_1x"] < 0.35 and accuracy["swapped_1x"] < 0.45, out

@@ -50,10 +50,9 @@ class Flags:
     batch_size: int = flag(32, "samples in a step while contexts are short")
     batch_tokens: int = flag(8192, "most tokens in a step: long contexts come in smaller batches")
     segments: int = flag(4, "segments of a context at the end of the curriculum")
-    long_segments: int = flag(16, "from then on, three steps in ten have contexts of up to this many")
-    cut: float = flag(0.3, "share of samples in which a segment border cuts a fact asked for")
-    questions: int = flag(3, "questions at the end of a training sample")
-    threshold: float = flag(0.9, "accuracy that lets the curriculum move on")
+    long_segments: int = flag(16, "from then on, in three steps of ten, up to this many")
+    questions: int = flag(4, "questions at the end of a training sample")
+    threshold: float = flag(0.92, "accuracy that lets the curriculum move on")
     lr: float = flag(2e-3, "AdamW learning rate (embeddings, norms, biases)")
     muon_lr: float = flag(1e-2, "Muon learning rate (matrices inside blocks)")
     weight_decay: float = flag(0.0, "decay of matrices other than the gates'")
@@ -82,7 +81,7 @@ if flags.resume:
         saved = Flags(**checkpoint["train"]["flags"])
     except (ValueError, TypeError, KeyError) as error:
         die(f"--resume: {error}")
-    given = {arg[2:].split("=")[0] for arg in sys.argv[1:]}
+    given = {arg[2:].split("=")[0].removeprefix("no-") for arg in sys.argv[1:]}
     free = {"resume", "out", "device", "log_every", "save_every", "eval_samples", "babi_dir"}
     for name in {f.name for f in fields(Flags)} - free:
         if name in given and getattr(flags, name) != getattr(saved, name):
@@ -90,8 +89,8 @@ if flags.resume:
                 f"({getattr(saved, name)}); leave it away to resume, or choose another --out")
         setattr(flags, name, getattr(saved, name))
 
-for name, least in dict(steps=1, batch_size=1, batch_tokens=1, segments=2, questions=1, warmup=0, cut=0,
-                        long_segments=0,
+for name, least in dict(steps=1, batch_size=1, batch_tokens=1, segments=2, long_segments=0,
+                        questions=1, warmup=0,
                         log_every=1, save_every=1, eval_samples=1, lr=0, muon_lr=0, cooldown=0,
                         weight_decay=0, grad_clip=0, threshold=0).items():
     if not getattr(flags, name) >= least or not math.isfinite(getattr(flags, name)):
@@ -120,8 +119,8 @@ except (OSError, UnicodeDecodeError, ValueError) as error:
 real = babi.load_babi(flags.babi_dir, flags.task) if flags.babi_dir else None
 
 try:
-    config = LM2Config(encoding.n_vocab, **{f.name: getattr(flags, f.name) for f in fields(LM2Config)
-                                            if hasattr(flags, f.name)})
+    sizes = {f.name: getattr(flags, f.name) for f in fields(LM2Config) if hasattr(flags, f.name)}
+    config = LM2Config(encoding.n_vocab, **sizes)
 except ValueError as error:
     die(f"this model cannot be built: {error}")
 
@@ -133,8 +132,8 @@ if flags.data:
     window = flags.segments * flags.block_size
     split = int(0.9 * len(ids))
     if len(ids) - split <= window:
-        die(f"--data={flags.data}: {len(ids)} tokens; the last tenth is held out and must be longer "
-            f"than a window of {window}; use a longer text or fewer --segments")
+        die(f"--data={flags.data}: {len(ids)} tokens; the last tenth is held out and must be "
+            f"longer than a window of {window}; use a longer text or fewer --segments")
 else:
     noise = babi.make_noise(encoding, flags.seed)
 
@@ -145,25 +144,23 @@ def story_batch(step, stage):
     Once the curriculum is through, three steps in ten have contexts of up to `long_segments`.
     Lengths are mostly no multiple of a segment, as in life. Half the samples spread their facts
     over the whole context, half put them in its first part, so that the bank must hold them while
-    noise alone goes by. In a few, a border between segments runs through a fact that is asked for:
-    they are rare otherwise, and the last thing the model learns.
+    noise alone goes by.
     """
     rng = random.Random(f"{flags.seed} {step}")
-    segments = rng.randint(2, stage)
-    most = 4 * (stage - 1) if stage < flags.segments else 1000  # facts in a story
+    segments = rng.randint(min(2, stage), stage)
+    most = 4 * max(1, stage - 1) if stage < flags.segments else 1000  # facts in a story
     if stage == flags.segments and rng.random() < 0.3:
         segments = rng.randint(stage, max(stage, flags.long_segments))
     length = segments * flags.block_size
     if rng.random() < 0.7:
-        length = rng.randint(max(40, length - 2 * flags.block_size), length)
+        length = rng.randint(max(flags.block_size * 5 // 8, length - 2 * flags.block_size), length)
     rows = max(1, min(flags.batch_size, flags.batch_tokens // length))
     pairs = []
     while len(pairs) < rows:
         sample = babi.make_sample(flags.task, rng, flags.questions, most)
         until = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
-        cut = flags.block_size if stage > 2 and rng.random() < flags.cut else None
         try:
-            pairs.append(babi.to_tokens(sample, encoding, length, noise, rng, (0.0, until), cut))
+            pairs.append(babi.to_tokens(sample, encoding, length, noise, rng, (0.0, until)))
         except ValueError:  # this story does not fit here; the next may
             pass
     return babi.stack(pairs)
@@ -199,7 +196,7 @@ model = LM2(config).to(device)
 optimizers = model.optimizer(flags.lr, flags.muon_lr, flags.weight_decay)
 rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 # where the run stands: `stage` is the curriculum's longest context, `running` its mean accuracy
-state = {"step": 0, "stage": 2, "running": 0.0, "seconds": 0.0, "flags": asdict(flags)}
+state = {"step": 0, "stage": 1, "running": 0.0, "seconds": 0.0, "flags": asdict(flags)}
 if checkpoint:
     try:
         model.load_state_dict(checkpoint["model"])
@@ -264,8 +261,9 @@ except OSError as error:
 n_params = sum(p.numel() for p in model.parameters())
 print(f"device {device}, {torch.get_num_threads()} threads; {str(dtype)[6:]}: {reason}")
 print(f"model: {n_params:,} parameters, vocabulary {config.vocab_size}, memory {config.memory}")
-print(f"{flags.data or flags.task}: {flags.steps} steps, contexts of up to {max(flags.segments, flags.long_segments)} "
-      f"segments of {flags.block_size} tokens")
+longest = flags.segments if flags.data else max(flags.segments, flags.long_segments)
+print(f"{flags.data or flags.task}: {flags.steps} steps, contexts of up to {longest} segments of "
+      f"{flags.block_size} tokens")
 
 log_path = os.path.join(flags.out, "log.csv")
 columns = ["step", "stage", "loss", "accuracy", "bits_per_byte", "tokens_per_second",
@@ -297,8 +295,8 @@ while state["step"] < flags.steps and not stop:
         logits, loss, _ = model(tokens, targets, last=last_positions)
     losses.append(loss.item())
     if not math.isfinite(losses[-1]):
-        print(f"\nstep {step}: the loss is {losses[-1]}. Stopped; what {flags.out} holds from before "
-              "is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
+        print(f"\nstep {step}: the loss is {losses[-1]}. Stopped; the last checkpoint in "
+              f"{flags.out} is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
         sys.exit(1)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
@@ -338,13 +336,15 @@ while state["step"] < flags.steps and not stop:
                 + f" | loss {row['loss']:.3f} | {row['tokens_per_second'] / 1000:.0f}k tokens/s"
                 + " | gates " + " ".join(f"{k} {v:.2f}" for k, v in gates.items() if v == v)
                 + f" | {left // 60:.0f}:{left % 60:02.0f} left")
-        print(("\r\033[K" if live else "") + line, end="" if live and not last else "\n", flush=True)
+        print(("\r\033[K" if live else "") + line, end="" if live and not last else "\n",
+              flush=True)
         losses, accuracies, n_tokens, clock = [], [], 0, time.time()
     if state["step"] % flags.save_every == 0 or last:
         save()
 
 if stop:
-    print(f"stopped after step {state['step']}; go on with: python train.py --resume --out={flags.out}")
+    print(f"stopped after step {state['step']}; go on with: "
+          f"python train.py --resume --out={flags.out}")
     sys.exit(0)
 
 # --------------------------------------------------------------------------------------------
@@ -397,22 +397,52 @@ def show(title, rows):
         print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)), flush=True)
 
 
+def picture(rows, file):
+    """Draw accuracy over context length, if matplotlib is there."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("\n(pip install matplotlib, and this ends with a picture of the table)")
+        return
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    lengths = [row["tokens"] for row in rows]
+    for name, label, style in (("memory", "LM2 with its memory", "o-C0"),
+                               ("wiped", "bank wiped at every segment", "s--C1"),
+                               ("swapped", "bank of another story", "^:C2"),
+                               ("chance", "chance", "-k")):
+        axes.plot(lengths, [row[name] for row in rows], style, label=label,
+                  linewidth=1 if name == "chance" else 2)
+    axes.axvline(trained, color="gray", linewidth=1)
+    axes.text(trained, 0.6, " longest context in training", color="gray")
+    axes.set(xscale="log", ylim=(0, 1.03), xlabel="tokens of context, facts in the first half",
+             ylabel=f"{flags.task} accuracy", xticks=lengths, xticklabels=lengths)
+    axes.minorticks_off()
+    axes.legend(loc="center left")
+    figure.savefig(file, dpi=130)
+    print(f"\npicture: {file}")
+
+
 if not flags.data:
     proof_noise = babi.make_noise(encoding, f"proof {flags.seed}")  # a book never trained on
     rng = random.Random(f"proof {flags.seed}")
     made = [babi.make_sample(flags.task, rng) for _ in range(flags.eval_samples)]
-    trained = max(flags.segments, flags.long_segments) * flags.block_size
+    trained = longest * flags.block_size
     clock = time.time()
     rows = [proof_row(made[:count], trained * times, (0.0, 0.5))
             for times, count in ((1, None), (2, None), (4, 200), (16, 200), (64, 100))]
-    show("The proof: facts in the first half of the context only, question in the last segment", rows)
+    show("The proof: facts in the first half of the context only, question in the last segment",
+         rows)
+    picture(rows, os.path.join(flags.out, "proof.png"))
     for row in rows:
         times = row["tokens"] // trained
         summary |= {f"memory_{times}x": row["memory"], f"wiped_{times}x": row["wiped"],
                     f"swapped_{times}x": row["swapped"]}
     if real:
-        rows = [without_noise(real)] + [proof_row(real[:count], length, (0.0, 1.0)) for length, count
-                                        in ((1024, 500), (4096, 200), (16384, 100))]
+        rows = [without_noise(real)]
+        rows += [proof_row(real[:count], length, (0.0, 1.0))
+                 for length, count in ((1024, 500), (4096, 200), (16384, 100))]
         show(f"Real bAbI {flags.task}, facts anywhere (0K: no noise)", rows)
         summary |= {f"real_{row['tokens']}": row["memory"] for row in rows}
     summary["proof_seconds"] = round(time.time() - clock)
