@@ -187,7 +187,7 @@ def read_babi(path):
     Raises ValueError with the line's number where the file is not in bAbI's format.
     """
     samples, facts, line_ids = [], [], {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             match = re.fullmatch(r"(\d+) ([^\t]+)(?:\t([^\t]+)\t([\d ]*))?", line.rstrip("\r\n"))
             if not match:
@@ -200,9 +200,9 @@ def read_babi(path):
                 line_ids[line_id] = len(facts)
                 facts.append(text.strip())
                 continue
-            if not all(s in line_ids for s in support.split()):
-                raise ValueError(f"{path}, line {number}: a supporting fact ({support}) is no "
-                                 "earlier statement of this story")
+            if not facts or not all(s in line_ids for s in support.split()):
+                raise ValueError(f"{path}, line {number}: its supporting facts ({support}) are not "
+                                 "all earlier statements of this story")
             question = Question(text.strip(), answer, tuple(line_ids[s] for s in support.split()))
             samples.append(Sample(tuple(facts), (question,)))
     if not samples:
@@ -253,8 +253,9 @@ def make_noise(encoding, seed, n_sentences=20000):
 def hide(facts, length, noise, rng, facts_in=(0.0, 1.0)):
     """Hide facts (lists of tokens) in noise, as BABILong does: exactly `length` tokens.
 
-    Noise runs in natural order from a random sentence, its last sentence cut to fit. Facts keep
-    their order, never split a sentence and lie within the part `facts_in` of the context.
+    Noise runs in natural order from a random sentence, its last sentence cut to fit; none is
+    skipped for being short, as BABILong does with books. Facts keep their order, never split a
+    sentence and lie within the part `facts_in` of the context.
     Raises ValueError if they do not fit there.
     """
     fact_length = sum(map(len, facts))
@@ -318,7 +319,7 @@ def load_encoding(name, text=""):
     """
     if name == "words":
         return word_encoding(text)
-    if os.path.exists(name):
+    if os.path.isfile(name):
         from tiktoken.load import load_tiktoken_bpe
         ranks = load_tiktoken_bpe(name)
         if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
@@ -410,10 +411,10 @@ def answered_by_bank(model, tokens, targets):
     border = (tokens.size(1) - 1) // model.config.block_size * model.config.block_size
     tokens, targets = tokens.to(model.device), targets[:, border:]
     memory = model(tokens[:, :border], last=1)[2]
-    banks = {"kept": memory, "wiped": None,
-             "swapped": memory.map(lambda part: part.roll(1, dims=0))}
-    return {name: hits(model(tokens[:, border:], memory=bank)[0].cpu(), targets)
-            for name, bank in banks.items()}
+    banks = {"kept": memory.banks, "wiped": model.fresh_memory(len(tokens)).banks,
+             "swapped": memory.banks.roll(1, dims=0)}
+    return {name: hits(model(tokens[:, border:], memory=memory._replace(banks=bank))[0].cpu(),
+                       targets) for name, bank in banks.items()}
 
 
 def shortcuts(task, samples):
@@ -422,7 +423,7 @@ def shortcuts(task, samples):
     {"chance", "best constant", "last-mentioned place"}: a uniform guess among the task's answers,
     the commonest answer always, the place named last in the facts.
     """
-    answers = [sample.questions[0].answer for sample in samples]
+    answers = [sample.questions[0].answer for sample in samples] or [""]
     last = [next((word for word in re.findall(r"\w+", " ".join(sample.facts))[::-1]
                   if word in PLACES), None) for sample in samples]
     return {"chance": 1 / len(PLACES),

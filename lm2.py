@@ -180,7 +180,7 @@ class LocalMixer(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_embd, 1, config.conv))
 
     def forward(self, x, tail):
-        """x (B, T, d) and the embeddings before it (B, width - 1, d) -> (B, T, d) and the new tail."""
+        """x (B, T, d), tail (B, width - 1, d) what stood before it -> (B, T, d), the new tail."""
         x = torch.cat((tail, x), dim=1)                                 # (B, width - 1 + T, d)
         mixed = F.conv1d(x.transpose(1, 2), self.weight, groups=x.size(-1)).transpose(1, 2)
         return mixed, x[:, x.size(1) - tail.size(1):]
@@ -299,10 +299,6 @@ class Memory(NamedTuple):
     banks: torch.Tensor     # (B, K, N, d), for K blocks with memory
     tail: torch.Tensor      # (B, conv - 1, d), the last embeddings, for the local mixer alone
 
-    def map(self, function):
-        """The function done to both, as in memory.map(torch.Tensor.detach)."""
-        return Memory(*map(function, self))
-
 
 class LM2(nn.Module):
     """Decoder and memory. See the module docstring for the idea and the glossary."""
@@ -361,8 +357,8 @@ class LM2(nn.Module):
     def run_segment(self, tokens, memory, cache=None):
         """One segment or, with a `cache`, its next tokens: reads the banks, does not write them.
 
-        tokens (B, T) -> the outputs of all blocks, a list of (B, T, d), and the memory, in which only
-        the tail is new.
+        tokens (B, T) -> the outputs of all blocks, a list of (B, T, d), and the memory, of which
+        only the tail is new.
         """
         x, tail = self.embedding(tokens), memory.tail
         if self.mixer:
@@ -417,8 +413,9 @@ class LM2(nn.Module):
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, memory=None):
         """Continue tokens (B, T >= 1) by max_new_tokens; returns both, (B, T + max_new_tokens).
 
-        temperature 0 takes the likeliest token. Keys and values of the current segment are kept;
-        the bank is written when the segment is full, exactly as in `forward`.
+        temperature 0 takes the likeliest token, top_k 0 or None chooses among all. Keys and values
+        of the current segment are kept; the bank is written when the segment is full, exactly as
+        in `forward`.
         """
         memory = self.fresh_memory(tokens.size(0)) if memory is None else memory
         cache, filled, new = self.empty_cache(), 0, tokens
@@ -439,7 +436,7 @@ class LM2(nn.Module):
                 new = logits.argmax(-1, keepdim=True)
             else:
                 logits = logits.float() / temperature
-                if top_k is not None:
+                if top_k:
                     lowest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < lowest, -math.inf)
                 new = torch.multinomial(logits.softmax(-1), 1)          # (B, 1)
@@ -477,5 +474,6 @@ class LM2(nn.Module):
                                          mergeable_ranks={t: i for i, t in enumerate(tokens)},
                                          special_tokens={})
         except Exception as error:
-            raise ValueError(f"{path} holds no lm2 model that fits this code: {error}") from None
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{path} holds no model that fits this code: {reason}") from None
         return model.to(device).eval(), encoding

@@ -71,19 +71,29 @@ def main():
         die("--ask is empty; ask something like --ask=\"Where is Mary?\"")
     if flags.prompt is not None and not flags.prompt:
         die("--prompt is empty; give the beginning of a text")
-    if flags.temperature < 0 or flags.top_k < 0 or flags.max_new_tokens < 1:
+    if flags.prompt is not None and flags.ask is not None:
+        die("--prompt continues a text and --ask answers a question: give one of them")
+    if not 0 <= flags.temperature < 1e6 or flags.top_k < 0 or flags.max_new_tokens < 1:
         die("--temperature and --top_k must not be negative and --max_new_tokens at least 1")
+    if not 0 <= flags.seed < 2**63:
+        die(f"--seed={flags.seed}: it must be a number from 0 to 2**63 - 1")
+    try:
+        if os.path.exists(flags.story):
+            with open(flags.story, encoding="utf-8") as file:
+                flags.story = file.read()
+        elif flags.story and len(flags.story.split()) == 1:
+            die(f"--story={flags.story}: no such file")
+    except (OSError, UnicodeDecodeError):
+        die(f"--story={flags.story}: not a file of text in UTF-8")
     try:
         device = babi.find_device(flags.device)
         model, encoding = LM2.load(flags.ckpt, device)
         trained = load_checkpoint(flags.ckpt)["train"]["flags"]
-        if os.path.isfile(flags.story):
-            with open(flags.story, encoding="utf-8") as file:
-                flags.story = file.read()
-    except UnicodeDecodeError:
-        die(f"--story={flags.story}: not a text in UTF-8")
-    except (OSError, ValueError) as error:
+        task = "" if trained["data"] else trained["task"]
+    except ValueError as error:
         die(error)
+    except (KeyError, TypeError):
+        die(f"{flags.ckpt} does not say what it was trained on; train it anew")
 
     torch.manual_seed(flags.seed)
     if flags.prompt is not None:
@@ -91,7 +101,7 @@ def main():
         text = model.generate(tokens, flags.max_new_tokens, flags.temperature, flags.top_k or None)
         print(encoding.decode(text[0].tolist()))
         return
-    story, task = flags.story, "" if trained["data"] else trained["task"]
+    story = flags.story
     if flags.ask is not None:
         reply(model, encoding, task, story, flags.ask)
         return
@@ -103,6 +113,8 @@ def main():
             line = input("> " if terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
             break
+        except UnicodeDecodeError:
+            die("standard input is not a text in UTF-8")
         if not line:
             break
         if line.endswith("?"):

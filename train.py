@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -46,18 +47,18 @@ class Flags:
     input_gate: bool = flag(True, "gate what is written")
     forget_gate: bool = flag(True, "gate what is kept")
     # training
-    steps: int = flag(5000, "training steps")
+    steps: int = flag(3000, "training steps")
     batch_size: int = flag(32, "samples in a step while contexts are short")
     batch_tokens: int = flag(8192, "most tokens in a step: long contexts come in smaller batches")
-    segments: int = flag(4, "segments of a context at the end of the curriculum")
-    long_segments: int = flag(16, "from then on, in three steps of ten, up to this many")
+    segments: int = flag(64, "segments of the longest training context")
+    window: int = flag(8, "segments of a training window, with --data")
     questions: int = flag(4, "questions at the end of a training sample")
     threshold: float = flag(0.92, "accuracy that lets the curriculum move on")
     lr: float = flag(2e-3, "AdamW learning rate (embeddings, norms, biases)")
     muon_lr: float = flag(1e-2, "Muon learning rate (matrices inside blocks)")
-    weight_decay: float = flag(0.0, "decay of matrices other than the gates'")
+    weight_decay: float = flag(0.1, "decay of matrices other than the gates'")
     warmup: int = flag(50, "steps until the learning rate is whole")
-    cooldown: float = flag(0.35, "part of the steps at the end in which it falls to zero")
+    cooldown: float = flag(0.6, "part of the steps, at the end, in which it falls to a fiftieth")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     seed: int = flag(0, "seed of weights and data")
     # the machine and the log
@@ -66,6 +67,7 @@ class Flags:
     save_every: int = flag(500, "steps between checkpoints")
     # the proof
     eval_samples: int = flag(500, "samples in a row of the proof table (fewer where it says so)")
+    eval_times: int = flag(64, "longest row of the proof, in longest training contexts")
     babi_dir: str = flag("", "folder of real bAbI files to test on as well; never trained on")
 
 
@@ -81,20 +83,28 @@ if flags.resume:
         saved = Flags(**checkpoint["train"]["flags"])
     except (ValueError, TypeError, KeyError) as error:
         die(f"--resume: {error}")
-    given = {arg[2:].split("=")[0].removeprefix("no-") for arg in sys.argv[1:]}
-    free = {"resume", "out", "device", "log_every", "save_every", "eval_samples", "babi_dir"}
+    given = {arg[2:].split("=")[0].removeprefix("no-") for arg in sys.argv if arg[:2] == "--"}
+    free = {"resume", "out", "device", "log_every", "save_every", "eval_samples",
+            "eval_times", "babi_dir"}
     for name in {f.name for f in fields(Flags)} - free:
         if name in given and getattr(flags, name) != getattr(saved, name):
             die(f"--{name}={getattr(flags, name)} differs from the run in {flags.out} "
                 f"({getattr(saved, name)}); leave it away to resume, or choose another --out")
         setattr(flags, name, getattr(saved, name))
 
-for name, least in dict(steps=1, batch_size=1, batch_tokens=1, segments=2, long_segments=0,
-                        questions=1, warmup=0,
-                        log_every=1, save_every=1, eval_samples=1, lr=0, muon_lr=0, cooldown=0,
-                        weight_decay=0, grad_clip=0, threshold=0).items():
-    if not getattr(flags, name) >= least or not math.isfinite(getattr(flags, name)):
-        die(f"--{name}={getattr(flags, name)}: it must be a number of at least {least}")
+# flags that are numbers: the least and the most they may be
+COUNTS = (1, 10**9)
+LIMITS = dict(steps=COUNTS, batch_size=COUNTS, batch_tokens=COUNTS, segments=(2, 10**6),
+              window=COUNTS, questions=COUNTS, warmup=(0, 10**9), log_every=COUNTS,
+              save_every=COUNTS, eval_samples=COUNTS, eval_times=COUNTS, n_layer=(1, 1000),
+              block_size=(1 if flags.data else 32, 10**6), lr=(0, 100), muon_lr=(0, 100),
+              weight_decay=(0, 100), grad_clip=(1e-9, 1e9), threshold=(0, 1), cooldown=(0, 1),
+              seed=(0, 2**63 - 1))
+for name, (least, most) in LIMITS.items():
+    if not least <= getattr(flags, name) <= most:
+        die(f"--{name}={getattr(flags, name)}: it must be a number from {least:g} to {most:g}")
+if os.path.exists(path) and not checkpoint:
+    die(f"{path} is there from an earlier run; --resume it, choose another --out or remove it")
 
 try:
     device = babi.find_device(flags.device)
@@ -112,7 +122,12 @@ try:
     if flags.data:
         with open(flags.data, encoding="utf-8") as file:
             text = file.read()
-    encoding = babi.load_encoding(flags.tokenizer, text or "")
+    if checkpoint:
+        encoding = babi.make_encoding([token.encode("latin-1") for token
+                                       in checkpoint["tokenizer"]["tokens"]],
+                                      checkpoint["tokenizer"]["pattern"])
+    else:
+        encoding = babi.load_encoding(flags.tokenizer, (text or "")[:len(text or "") * 9 // 10])
 except (OSError, UnicodeDecodeError, ValueError) as error:
     reason = "not a text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
     die(f"--data={flags.data}: {reason}" if text is None and flags.data else reason)
@@ -129,11 +144,11 @@ except ValueError as error:
 
 if flags.data:
     ids = torch.tensor(encoding.encode_ordinary(text))
-    window = flags.segments * flags.block_size
+    window = flags.window * flags.block_size
     split = int(0.9 * len(ids))
     if len(ids) - split <= window:
         die(f"--data={flags.data}: {len(ids)} tokens; the last tenth is held out and must be "
-            f"longer than a window of {window}; use a longer text or fewer --segments")
+            f"longer than a window of {window}; use a longer text or a smaller --window")
 else:
     noise = babi.make_noise(encoding, flags.seed)
 
@@ -141,19 +156,19 @@ else:
 def story_batch(step, stage):
     """(tokens, targets) of the curriculum's `stage`, with contexts of up to that many segments.
 
-    Once the curriculum is through, three steps in ten have contexts of up to `long_segments`.
+    Seven steps in ten stay with up to four, dense with facts; the others hold them for long.
     Lengths are mostly no multiple of a segment, as in life. Half the samples spread their facts
     over the whole context, half put them in its first part, so that the bank must hold them while
     noise alone goes by.
     """
     rng = random.Random(f"{flags.seed} {step}")
-    segments = rng.randint(min(2, stage), stage)
-    most = 4 * max(1, stage - 1) if stage < flags.segments else 1000  # facts in a story
-    if stage == flags.segments and rng.random() < 0.3:
-        segments = rng.randint(stage, max(stage, flags.long_segments))
+    segments = rng.randint(min(2, stage), min(stage, 4))
+    if stage > 4 and rng.random() < 0.3:
+        segments = rng.randint(4, stage)
+    most = 4 * max(1, stage - 1) if stage < 4 else 1000  # facts in a story
     length = segments * flags.block_size
     if rng.random() < 0.7:
-        length = rng.randint(max(flags.block_size * 5 // 8, length - 2 * flags.block_size), length)
+        length = rng.randint(min(length, max(40, length - 2 * flags.block_size)), length)
     rows = max(1, min(flags.batch_size, flags.batch_tokens // length))
     pairs = []
     while len(pairs) < rows:
@@ -192,18 +207,25 @@ def text_loss(most=200):
 # Model, optimizers, schedule
 
 torch.manual_seed(flags.seed)
-model = LM2(config).to(device)
+try:
+    model = LM2(config).to(device)
+except (RuntimeError, MemoryError):
+    die("this model does not fit into the machine's memory; make it smaller")
 optimizers = model.optimizer(flags.lr, flags.muon_lr, flags.weight_decay)
 rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 # where the run stands: `stage` is the curriculum's longest context, `running` its mean accuracy
-state = {"step": 0, "stage": 1, "running": 0.0, "seconds": 0.0, "flags": asdict(flags)}
+state = {"step": 0, "stage": 1, "running": 0.0, "seconds": 0.0, "flags": asdict(flags),
+         "text": zlib.crc32((text or "").encode())}
 if checkpoint:
     try:
+        if checkpoint["train"]["text"] != state["text"]:
+            die(f"--resume: {flags.data} is not the text that the run in {flags.out} began with")
         model.load_state_dict(checkpoint["model"])
-        for optimizer, saved_optimizer in zip(optimizers, checkpoint["train"]["optimizers"]):
+        for optimizer, saved_optimizer in zip(optimizers, checkpoint["train"]["optimizers"],
+                                              strict=True):
             optimizer.load_state_dict(saved_optimizer)
         state |= {key: checkpoint["train"][key] for key in ("step", "stage", "running", "seconds")}
-    except (KeyError, RuntimeError, ValueError):
+    except (KeyError, RuntimeError, TypeError, ValueError):
         die(f"--resume: {path} belongs to another model or version of this code")
 
 
@@ -233,8 +255,9 @@ class GateMeter:
         for name, module in model.named_modules():
             if name.endswith("_gate"):
                 kind = name.split(".")[-1].split("_")[0]
-                module.register_forward_hook(lambda _, __, value, kind=kind: self.seen[kind].append(
-                    value.detach().float().mean()))
+                module.register_forward_hook(
+                    lambda _, __, value, kind=kind: torch.is_grad_enabled() and
+                    self.seen[kind].append(value.detach().float().mean()))
 
     def read(self):
         means = {kind: sum(map(float, values)) / len(values) if values else math.nan
@@ -249,9 +272,6 @@ try:
     with open(os.path.join(flags.out, ".writable"), "w"):
         pass
     os.remove(os.path.join(flags.out, ".writable"))
-    if os.path.exists(path) and not checkpoint:
-        os.replace(path, os.path.join(flags.out, "ckpt.old.pt"))
-        print(f"kept the earlier checkpoint as {os.path.join(flags.out, 'ckpt.old.pt')}")
 except OSError as error:
     die(f"--out={flags.out}: cannot write there ({error.strerror})")
 
@@ -261,19 +281,21 @@ except OSError as error:
 n_params = sum(p.numel() for p in model.parameters())
 print(f"device {device}, {torch.get_num_threads()} threads; {str(dtype)[6:]}: {reason}")
 print(f"model: {n_params:,} parameters, vocabulary {config.vocab_size}, memory {config.memory}")
-longest = flags.segments if flags.data else max(flags.segments, flags.long_segments)
-print(f"{flags.data or flags.task}: {flags.steps} steps, contexts of up to {longest} segments of "
-      f"{flags.block_size} tokens")
+print(f"{flags.data or flags.task}: {flags.steps} steps, contexts of up to "
+      f"{flags.window if flags.data else flags.segments} segments of {flags.block_size} tokens")
 
 log_path = os.path.join(flags.out, "log.csv")
 columns = ["step", "stage", "loss", "accuracy", "bits_per_byte", "tokens_per_second",
            "input_gate", "forget_gate", "output_gate", "seconds"]
 rows = []
 if checkpoint and os.path.exists(log_path):  # drop what a crash left behind the checkpoint
-    with open(log_path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
+    try:
+        with open(log_path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
+    except (KeyError, TypeError, ValueError, csv.Error):
+        die(f"{log_path} is no log of this script; move it away to resume")
 with open(log_path, "w", newline="") as file:
-    writer = csv.DictWriter(file, columns)
+    writer = csv.DictWriter(file, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
 
@@ -295,8 +317,8 @@ while state["step"] < flags.steps and not stop:
         logits, loss, _ = model(tokens, targets, last=last_positions)
     losses.append(loss.item())
     if not math.isfinite(losses[-1]):
-        print(f"\nstep {step}: the loss is {losses[-1]}. Stopped; the last checkpoint in "
-              f"{flags.out} is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
+        print(f"\nstep {step}: the loss is {losses[-1]}. Stopped; the checkpoint from before, "
+              "if there is one, is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
         sys.exit(1)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
@@ -320,8 +342,8 @@ while state["step"] < flags.steps and not stop:
         seconds = time.time() - clock
         state["seconds"] += seconds
         gates = meter.read()
-        row = {"step": state["step"], "stage": state["stage"],
-               "loss": sum(losses) / len(losses), "accuracy": sum(accuracies) / len(accuracies),
+        row = {"step": state["step"], "stage": state["stage"], "loss": sum(losses) / len(losses),
+               "accuracy": "" if flags.data else sum(accuracies) / len(accuracies),
                "tokens_per_second": n_tokens / seconds, "seconds": state["seconds"]}
         row |= {f"{kind}_gate": value for kind, value in gates.items()}
         if flags.data:
@@ -342,7 +364,10 @@ while state["step"] < flags.steps and not stop:
     if state["step"] % flags.save_every == 0 or last:
         save()
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 if stop:
+    if state["step"] == 0:
+        save()
     print(f"stopped after step {state['step']}; go on with: "
           f"python train.py --resume --out={flags.out}")
     sys.exit(0)
@@ -368,13 +393,14 @@ def proof_row(samples, length, facts_in):
         except ValueError:
             pass
     right = {"memory": [], "wiped": [], "swapped": []}
-    for i in range(0, len(pairs), 50):
-        found = babi.answered_by_bank(model, *babi.stack(pairs[i:i + 50]))
+    rows = 49 if len(pairs) % 50 == 1 else 50  # a batch of one has nobody to swap banks with
+    for i in range(0, len(pairs), rows):
+        found = babi.answered_by_bank(model, *babi.stack(pairs[i:i + rows]))
         right["memory"] += found["kept"].tolist()
         right["wiped"] += found["wiped"].tolist()
         right["swapped"] += found["swapped"].tolist()
     return ({"tokens": length, "samples": len(fit)}
-            | {name: sum(hit) / len(hit) for name, hit in right.items()}
+            | {name: sum(hit) / len(hit) if hit else math.nan for name, hit in right.items()}
             | babi.shortcuts(flags.task, fit))
 
 
@@ -415,7 +441,7 @@ def picture(rows, file):
         axes.plot(lengths, [row[name] for row in rows], style, label=label,
                   linewidth=1 if name == "chance" else 2)
     axes.axvline(trained, color="gray", linewidth=1)
-    axes.text(trained, 0.6, " longest context in training", color="gray")
+    axes.text(trained, 0.6, " longest in training", color="gray")
     axes.set(xscale="log", ylim=(0, 1.03), xlabel="tokens of context, facts in the first half",
              ylabel=f"{flags.task} accuracy", xticks=lengths, xticklabels=lengths)
     axes.minorticks_off()
@@ -428,10 +454,12 @@ if not flags.data:
     proof_noise = babi.make_noise(encoding, f"proof {flags.seed}")  # a book never trained on
     rng = random.Random(f"proof {flags.seed}")
     made = [babi.make_sample(flags.task, rng) for _ in range(flags.eval_samples)]
-    trained = longest * flags.block_size
+    trained = flags.segments * flags.block_size
     clock = time.time()
-    rows = [proof_row(made[:count], trained * times, (0.0, 0.5))
-            for times, count in ((1, None), (2, None), (4, 200), (16, 200), (64, 100))]
+    # times the trained length: number of samples
+    sizes = {1: None, 2: 200, 4: 100, 16: 50, 64: 20}
+    rows = [proof_row(made[:count], trained * times, (0.0, 0.5)) for times, count in sizes.items()
+            if times <= flags.eval_times]
     show("The proof: facts in the first half of the context only, question in the last segment",
          rows)
     picture(rows, os.path.join(flags.out, "proof.png"))
@@ -441,8 +469,9 @@ if not flags.data:
                     f"swapped_{times}x": row["swapped"]}
     if real:
         rows = [without_noise(real)]
-        rows += [proof_row(real[:count], length, (0.0, 1.0))
-                 for length, count in ((1024, 500), (4096, 200), (16384, 100))]
+        size = flags.block_size
+        rows += [proof_row(real[:count], length // size * size, (0.0, 1.0))
+                 for length, count in ((1024, 500), (4096, 200), (16384, 100)) if length > 2 * size]
         show(f"Real bAbI {flags.task}, facts anywhere (0K: no noise)", rows)
         summary |= {f"real_{row['tokens']}": row["memory"] for row in rows}
     summary["proof_seconds"] = round(time.time() - clock)
