@@ -434,7 +434,7 @@ TINY = ["--n_embd=16", "--n_head=2", "--n_kv_head=1", "--segments=2", "--eval_sa
 def tiny(tmp_path_factory):
     """The folder of a run of ten steps."""
     out = tmp_path_factory.mktemp("tiny")
-    assert "memory_64x" in run("train.py", *TINY, "--steps=10", f"--out={out}")
+    assert "memory_16x" in run("train.py", *TINY, "--steps=10", f"--out={out}")
     return out
 
 

@@ -1,7 +1,7 @@
 """Teach an LM2 to use its memory, and prove that it does.
 
     python train.py                          # ten minutes on two CPU cores; ends in the proof table
-    python train.py --task=qa2 --steps=...   # two supporting facts
+    python train.py --task=qa2 --n_layer=3 --n_embd=128 --segments=16 --steps=1800   # an hour
     python train.py --data=book.txt          # any text instead of stories
     python train.py --resume                 # go on exactly where a stopped run was
 
@@ -67,7 +67,7 @@ class Flags:
     save_every: int = flag(500, "steps between checkpoints")
     # the proof
     eval_samples: int = flag(500, "samples in a row of the proof table (fewer where it says so)")
-    eval_times: int = flag(64, "longest row of the proof, in longest training contexts")
+    eval_times: int = flag(16, "longest row of the proof, in longest training contexts")
     babi_dir: str = flag("", "folder of real bAbI files to test on as well; never trained on")
 
 
@@ -248,16 +248,19 @@ def save():
 
 
 class GateMeter:
-    """Mean openness of each kind of gate over the calls since the last reading."""
+    """Mean openness of each kind of gate in training since the last reading."""
 
     def __init__(self, model):
         self.seen = {"input": [], "forget": [], "output": []}
         for name, module in model.named_modules():
             if name.endswith("_gate"):
-                kind = name.split(".")[-1].split("_")[0]
-                module.register_forward_hook(
-                    lambda _, __, value, kind=kind: torch.is_grad_enabled() and
-                    self.seen[kind].append(value.detach().float().mean()))
+                module.register_forward_hook(self.note)
+                module.kind = name.split(".")[-1].split("_")[0]
+
+    def note(self, module, _, value):
+        """A forward hook; whatever it returned would take the gate's place, so it returns nothing."""
+        if torch.is_grad_enabled():
+            self.seen[module.kind].append(value.detach().float().mean())
 
     def read(self):
         means = {kind: sum(map(float, values)) / len(values) if values else math.nan
