@@ -258,7 +258,7 @@ class GateMeter:
                 module.kind = name.split(".")[-1].split("_")[0]
 
     def note(self, module, _, value):
-        """A forward hook; whatever it returned would take the gate's place, so it returns nothing."""
+        """A forward hook; what it returned would replace the gate, so it returns nothing."""
         if torch.is_grad_enabled():
             self.seen[module.kind].append(value.detach().float().mean())
 
