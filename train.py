@@ -444,11 +444,11 @@ def picture(rows, file):
         axes.plot(lengths, [row[name] for row in rows], style, label=label,
                   linewidth=1 if name == "chance" else 2)
     axes.axvline(trained, color="gray", linewidth=1)
-    axes.text(trained, 0.6, " longest in training", color="gray")
+    axes.text(trained, 0.3, " longest context in training", color="gray")
     axes.set(xscale="log", ylim=(0, 1.03), xlabel="tokens of context, facts in the first half",
              ylabel=f"{flags.task} accuracy", xticks=lengths, xticklabels=lengths)
     axes.minorticks_off()
-    axes.legend(loc="center left")
+    axes.legend(loc="center right")
     figure.savefig(file, dpi=130)
     print(f"\npicture: {file}")
 
