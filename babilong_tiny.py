@@ -329,10 +329,13 @@ def load_encoding(name, text=""):
         raise ValueError(f"no tokenizer {name!r}: use words, a tiktoken file, or one of "
                          f"{', '.join(tiktoken.list_encoding_names())}")
     try:
-        return tiktoken.get_encoding(name)
+        known = tiktoken.get_encoding(name)
     except Exception as error:  # whatever the network throws
         raise ValueError(f"tiktoken could not download {name} ({type(error).__name__}); "
                          "use --tokenizer=words, which needs no network") from None
+    # without special tokens, and numbered without holes
+    return make_encoding(sorted(known._mergeable_ranks, key=known._mergeable_ranks.get),
+                         known._pat_str)
 
 
 @lru_cache(maxsize=2**16)
@@ -405,7 +408,7 @@ def answered_by_bank(model, tokens, targets):
     """The proof that the memory does it: which rows (B, T) are answered right with the bank
 
     "kept" as it is; "wiped" at every segment, so that only the last segment is seen; "swapped"
-    with the next row's just before the last segment. The question must lie in the last segment.
+    with the previous row's just before the last segment. The question must lie in the last segment.
     Returns a dictionary of three (B,) bool.
     """
     border = (tokens.size(1) - 1) // model.config.block_size * model.config.block_size

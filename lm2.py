@@ -1,8 +1,9 @@
 """LM2, the Large Memory Model (Kang et al. 2025, arXiv 2502.06049), in one file.
 
 A Llama-style decoder that reads long text in short segments. Attention sees its own segment
-only. Whatever must cross a segment border goes through a memory bank: every block reads the bank
-by cross-attention, and after the segment every block updates it through LSTM-like gates.
+only. What must cross a segment border goes through memory banks: every block reads its bank by
+cross-attention, and after the segment updates it through LSTM-like gates. (The local mixer, for
+its part, carries the last few token embeddings over the border.)
 
 What is here
     decoder      RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, tied head
@@ -31,7 +32,7 @@ Where this departs from the paper, and why
     * No token may see a later one. All blocks read the bank as the *previous* segments left it and
       write it after the segment, so causality holds by construction.
     * Every block has a bank of its own. When the blocks write one bank in turn, as in the paper's
-      M_t -> M_{t+1}, each overwrites what the one before took up, and little is learned.
+      M_t -> M_{t+1}, each overwrites what the one before took up.
     * Gates can shut and open wholly, and each slot has its own gate biases: see `Gate`.
     * The banks are an argument and a return value. Nothing is kept between calls, gradient flows
       through every segment, and each document starts afresh.
@@ -55,14 +56,14 @@ class LM2Config:
     n_head: int = 4             # query heads
     n_kv_head: int = 2          # key/value heads, each shared by n_head / n_kv_head query heads
     n_embd: int = 64            # width d
-    conv: int = 7               # tokens the local mixer sees; 0 = plain Llama
+    conv: int = 7               # tokens the local mixer sees; 0 = no mixer
     memory: str = "lm2"         # "lm2", or "none" for the decoder alone
     memory_slots: int = 16      # N
     memory_layers: int = -1     # the first k blocks carry the memory; -1 = all
     output_gate: bool = True    # False: everything that was read joins the decoder
     input_gate: bool = True     # False: always 1
     forget_gate: bool = True    # False: always 1
-    rope_base: float = 10000.0  # slowest rotary wavelength / 2 pi, in tokens
+    rope_base: float = 10000.0  # base of the rotary wavelengths
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd",
@@ -450,7 +451,7 @@ class LM2(nn.Module):
     def optimizer(self, lr=2e-3, muon_lr=1e-2, weight_decay=0.0):
         """[Muon for the matrices inside blocks, AdamW for all else]; step both.
 
-        Only matrices decay, and of these not the gates'.
+        Only the matrices inside blocks decay, and of these not the gates'.
         """
         groups = {"matrix": [], "gate": [], "rest": []}
         for name, p in self.named_parameters():

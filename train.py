@@ -1,8 +1,8 @@
 """Teach an LM2 to use its memory, and prove that it does.
 
     python train.py                          # ten minutes on two CPU cores; ends in the proof table
-    python train.py --task=qa2 --n_layer=3 --n_embd=128 --segments=16 --steps=1800   # an hour
-    python train.py --data=book.txt          # any text instead of stories
+    python train.py --task=qa2 --n_layer=3 --n_embd=128 --segments=16 --steps=1800 --out=out-qa2
+    python train.py --data=book.txt --out=out-book      # any text instead of stories
     python train.py --resume                 # go on exactly where a stopped run was
 
 The file reads from top to bottom: flags, set-up, data, model, the loop, the proof.
@@ -84,9 +84,10 @@ if flags.resume:
     except (ValueError, TypeError, KeyError) as error:
         die(f"--resume: {error}")
     given = {arg[2:].split("=")[0].removeprefix("no-") for arg in sys.argv if arg[:2] == "--"}
-    free = {"resume", "out", "device", "log_every", "save_every", "eval_samples",
-            "eval_times", "babi_dir"}
-    for name in {f.name for f in fields(Flags)} - free:
+    free = {"device", "log_every", "save_every", "eval_samples", "eval_times", "babi_dir"}
+    for name in {f.name for f in fields(Flags)} - {"resume", "out"}:
+        if name in given & free:
+            continue
         if name in given and getattr(flags, name) != getattr(saved, name):
             die(f"--{name}={getattr(flags, name)} differs from the run in {flags.out} "
                 f"({getattr(saved, name)}); leave it away to resume, or choose another --out")
@@ -156,7 +157,8 @@ else:
 def story_batch(step, stage):
     """(tokens, targets) of the curriculum's `stage`, with contexts of up to that many segments.
 
-    Seven steps in ten stay with up to four, dense with facts; the others hold them for long.
+    Seven steps in ten stay with up to four, dense with facts; in the others, of 4 to
+    `stage` segments, the bank must hold the facts for long.
     Lengths are mostly no multiple of a segment, as in life. Half the samples spread their facts
     over the whole context, half put them in its first part, so that the bank must hold them while
     noise alone goes by.
@@ -170,8 +172,11 @@ def story_batch(step, stage):
     if rng.random() < 0.7:
         length = rng.randint(min(length, max(40, length - 2 * flags.block_size)), length)
     rows = max(1, min(flags.batch_size, flags.batch_tokens // length))
-    pairs = []
+    pairs, tries = [], 0
     while len(pairs) < rows:
+        tries += 1
+        if tries > 100000:
+            die("stories do not fit into so short a context; use a larger --block_size")
         sample = babi.make_sample(flags.task, rng, flags.questions, most)
         until = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
         try:
@@ -331,10 +336,10 @@ while state["step"] < flags.steps and not stop:
 
     state["step"] += 1
     n_tokens += tokens.numel()
-    targets = targets[:, -logits.size(1):]
-    begins = (targets >= 0) & (targets.roll(1, dims=1) < 0)      # first tokens of the answers
-    accuracies.append((logits.argmax(-1) == targets)[begins].float().mean().item())
     if not flags.data:
+        targets = targets[:, -logits.size(1):]
+        begins = (targets >= 0) & (targets.roll(1, dims=1) < 0)      # first tokens of the answers
+        accuracies.append((logits.argmax(-1) == targets)[begins].float().mean().item())
         state["running"] = 0.97 * state["running"] + 0.03 * accuracies[-1]
         if state["running"] > flags.threshold and state["stage"] < flags.segments:
             state["stage"] = min(flags.segments, state["stage"] + max(1, state["stage"] // 2))
@@ -369,8 +374,7 @@ while state["step"] < flags.steps and not stop:
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if stop:
-    if state["step"] == 0:
-        save()
+    save()
     print(f"stopped after step {state['step']}; go on with: "
           f"python train.py --resume --out={flags.out}")
     sys.exit(0)
