@@ -475,6 +475,6 @@ class LM2(nn.Module):
                                          mergeable_ranks={t: i for i, t in enumerate(tokens)},
                                          special_tokens={})
         except Exception as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
             raise ValueError(f"{path} holds no model that fits this code: {reason}") from None
         return model.to(device).eval(), encoding
