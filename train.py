@@ -124,9 +124,7 @@ try:
         with open(flags.data, encoding="utf-8") as file:
             text = file.read()
     if checkpoint:
-        encoding = babi.make_encoding([token.encode("latin-1") for token
-                                       in checkpoint["tokenizer"]["tokens"]],
-                                      checkpoint["tokenizer"]["pattern"])
+        encoding = LM2.load(path)[1]  # the text may have changed, the tokens may not
     else:
         encoding = babi.load_encoding(flags.tokenizer, (text or "")[:len(text or "") * 9 // 10])
 except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -141,7 +139,7 @@ except ValueError as error:
     die(f"this model cannot be built: {error}")
 
 # --------------------------------------------------------------------------------------------
-# Data: every batch is a function of (seed, step), so a resumed run sees the same ones
+# Data: every batch is a function of (seed, step, stage), so a resumed run sees the same ones
 
 if flags.data:
     ids = torch.tensor(encoding.encode_ordinary(text))
