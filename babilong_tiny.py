@@ -1,16 +1,18 @@
-"""BABILong in miniature: bAbI stories hidden in noise, made on the fly.
+"""BABILong in miniature: bAbI stories hidden in noise, made on the fly, and the table of scores.
 
     python babilong_tiny.py                                  # print samples a person can read
-    python babilong_tiny.py --task=qa2 --length=256 --samples=1
+    python babilong_tiny.py --task=qa2 --length=256 --samples=1 --noise=book.txt
     python babilong_tiny.py --babi_dir=tasks_1-20_v1-2/en    # stories from the real bAbI files
+    python babilong_tiny.py --stats                          # generated stories beside the real ones
+    python babilong_tiny.py --ckpt=out/ckpt.pt --tasks=all --lengths=0,1k,4k --noise=book.txt
 
 What is here, in the order of the file
     the world        people, places, objects, and the sentences the released bAbI v1.2 files use
-    the tasks        qa1 (one supporting fact) and qa2 (two): how a story goes on, what may be asked
+    the tasks        qa1 to qa10: what may happen, and what may be asked about it
     the real files   a reader for bAbI's own text format
-    the haystack     noise sentences, and BABILong's way to hide facts among them
+    the haystack     noise sentences, or books, and BABILong's way to hide facts among them
     the tokenizer    a tiktoken encoding of whole words, made at run time: nothing is downloaded
-    the scores       exact match, and the shortcuts a model must beat
+    the scores       exact match, the shortcuts a model must beat, and the table of both
 
 Stories follow the *released* bAbI v1.2 files (Weston et al. 2015, arXiv 1502.05698), so a model
 trained only on samples from here can be tested on the real files. Hiding follows BABILong
@@ -20,13 +22,17 @@ and sorted, the question last, the total length exact.
 Every function draws from the `random.Random` it is given and from nothing else.
 """
 import argparse
+import codecs
+import csv
+import itertools
 import os
 import random
 import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Callable
 
 import tiktoken
 import torch
@@ -35,24 +41,43 @@ import torch
 # The world
 
 PEOPLE = ("Mary", "John", "Daniel", "Sandra")
+GIVERS = ("Mary", "Bill", "Fred", "Jeff")       # the people of qa5
+GUESSED = ("Mary", "Bill", "Fred", "Julie")     # the people of qa10
 PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+TOWN = ("bedroom", "cinema", "kitchen", "office", "park", "school")  # the places of qa10
 OBJECTS = ("football", "apple", "milk")
-VERBS = {
-    "move": ("moved to", "went to", "journeyed to", "travelled to", "went back to"),
-    "get": ("picked up", "got", "grabbed", "took"),
-    "drop": ("dropped", "left", "discarded", "put down"),
+OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
+SENTENCES = {  # how an action is told, each way as likely
+    "move": ("{person} moved to the {thing}.", "{person} went to the {thing}.",
+             "{person} journeyed to the {thing}.", "{person} travelled to the {thing}.",
+             "{person} went back to the {thing}."),
+    "is": ("{person} is in the {thing}.",),
+    "not": ("{person} is no longer in the {thing}.", "{person} is not in the {thing}."),
+    "either": ("{person} is either in the {thing} or the {other}.",),
+    "get": ("{person} picked up the {thing}{there}.", "{person} got the {thing}{there}.",
+            "{person} grabbed the {thing}{there}.", "{person} took the {thing}{there}."),
+    "drop": ("{person} dropped the {thing}{there}.", "{person} left the {thing}{there}.",
+             "{person} discarded the {thing}{there}.", "{person} put down the {thing}{there}."),
+    "give": ("{person} passed the {thing} to {other}.", "{person} gave the {thing} to {other}.",
+             "{person} handed the {thing} to {other}."),
+    "relation": ("The {person} is {other} of the {thing}.",),
 }
-ACTIONS = {"qa1": ("move",), "qa2": ("move", "get", "drop")}  # what may happen, each as likely
-TASKS = tuple(ACTIONS)
+MOVES, TOUCHES = ("move", "is", "not", "either"), ("get", "drop", "give")
+NUMBERS = ("none", "one", "two", "three")
 WINDOW = 5  # bAbI asks about a statement among the last five
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One statement: `person` did `action` ("move", "get", "drop") to `thing` (place or object)."""
+    """One statement: `person` did `action`, a key of SENTENCES, to `thing` (a place or an object).
+
+    `other` is the second place of an "either" and the receiver of a "give". A "relation" says that
+    place `person` lies in direction `other` of place `thing`.
+    """
     action: str
     person: str
     thing: str
+    other: str
     text: str
 
 
@@ -74,107 +99,269 @@ class Sample:
 class World:
     """Who is where and who holds what. Where all starts is random and hidden from the reader."""
 
-    def __init__(self, rng):
-        self.rng = rng
-        self.place = {name: rng.choice(PLACES) for name in PEOPLE + OBJECTS}
+    def __init__(self, task, rng):
+        self.rng, self.task = rng, task
+        self.place = {name: rng.choice(task.places) for name in task.people + OBJECTS}
         self.holder = {thing: None for thing in OBJECTS}
 
-    def step(self, actions):
+    def step(self):
         """Draw person, action and argument until one is possible; do it and return the `Fact`."""
-        rng = self.rng
         while True:
-            person, action = rng.choice(PEOPLE), rng.choice(actions)
-            if action == "move":
-                thing = rng.choice(PLACES)
-                if thing == self.place[person]:
-                    continue  # nobody moves to where he is
-                self.place[person] = thing
-                return Fact(action, person, thing,
-                            f"{person} {rng.choice(VERBS[action])} the {thing}.")
-            if action == "get":
-                things = [t for t in OBJECTS if not self.holder[t]
-                          and self.place[t] == self.place[person]]
-            else:
-                things = [t for t in OBJECTS if self.holder[t] == person]
-            if not things:
-                continue
-            thing = rng.choice(things)
-            self.holder[thing] = person if action == "get" else None
-            self.place[thing] = self.place[person]
-            there = " there" if action == "get" or rng.random() < 0.2 else ""
-            return Fact(action, person, thing,
-                        f"{person} {rng.choice(VERBS[action])} the {thing}{there}.")
+            person, action = self.rng.choice(self.task.people), self.rng.choice(self.task.actions)
+            fact = (self.move if action in MOVES else self.touch)(person, action)
+            if fact:
+                return fact
+
+    def move(self, person, action):
+        """Go to another place, told in one of four ways: to it, in it, gone from the old, either."""
+        old, new = self.place[person], self.rng.choice(self.task.places)
+        if new == old:
+            return None  # nobody moves to where he is
+        self.place[person] = new
+        if action == "either":
+            pair = [new, self.rng.choice(self.task.places)]  # now and then the same place twice
+            self.rng.shuffle(pair)
+            return self.fact(action, person, *pair)
+        return self.fact(action, person, old if action == "not" else new)
+
+    def touch(self, person, action):
+        """Get an object that lies here, drop one, or give one to somebody here."""
+        here = self.place[person]
+        if action == "get":
+            things = [t for t in OBJECTS if not self.holder[t] and self.place[t] == here]
+        else:
+            things = [t for t in OBJECTS if self.holder[t] == person]
+        others = [p for p in self.task.people if p != person and self.place[p] == here]
+        if not things or action == "give" and not others:
+            return None
+        thing = self.rng.choice(things)
+        receiver = self.rng.choice(others) if action == "give" else ""
+        self.holder[thing] = {"get": person, "drop": None, "give": receiver}[action]
+        self.place[thing] = here  # while carried this grows stale, and nobody looks
+        return self.fact(action, person, thing, receiver)
+
+    def fact(self, action, person, thing, other=""):
+        there = action in ("get", "drop") and self.rng.random() < (
+            self.task.there if action == "get" else 0.2)
+        text = self.rng.choice(SENTENCES[action])
+        return Fact(action, person, thing, other, text.format(
+            person=person, thing=thing, other=other, there=" there" if there else ""))
 
 
 # --------------------------------------------------------------------------------------------
-# The tasks: `ask_*` gives (statement asked about, question) for whatever a reader can answer
+# The tasks: `ask_*` gives the `Question` about statement i of a story, or None if there is none
 
-def ask_qa1(facts):
-    """Where is P? The place of P's last move."""
-    moves = [(i, fact) for i, fact in enumerate(facts) if fact.action == "move"]
-    last = {fact.person: (i, fact.thing) for i, fact in moves}
-    return [(i, Question(f"Where is {fact.person}?", last[fact.person][1], (last[fact.person][0],)))
-            for i, fact in moves]
+def latest(facts, actions, **what):
+    """Index of the last fact whose action and fields are these; None if there is none."""
+    for i in range(len(facts) - 1, -1, -1):
+        if facts[i].action in actions and all(getattr(facts[i], k) == v for k, v in what.items()):
+            return i
 
 
-def ask_qa2(facts):
+def ask_person(facts, i, rng):
+    """Where is P? Where the last move took him."""
+    if facts[i].action in MOVES:
+        move = latest(facts, MOVES, person=facts[i].person)
+        return Question(f"Where is {facts[i].person}?", facts[move].thing, (move,))
+
+
+def last_touch(facts, i):
+    """Whether statement i is the last get, drop or give of its object."""
+    return facts[i].action in TOUCHES and latest(facts, TOUCHES, thing=facts[i].thing) == i
+
+
+def ask_object(facts, i, rng):
     """Where is the O? Where its holder went after the get, or was when he dropped it."""
-    touched, moved, questions = {}, {}, []
+    if last_touch(facts, i):
+        dropped = facts[i].action == "drop"
+        move = latest(facts[:i] if dropped else facts, MOVES, person=facts[i].person)
+        if move is not None and (dropped or move > i):
+            return Question(f"Where is the {facts[i].thing}?", facts[move].thing, (i, move))
+
+
+def ask_before(facts, i, rng):
+    """Where was the O before the L? Where its holder, carrying it, was before he came to L."""
+    if last_touch(facts, i):
+        person, thing = facts[i].person, facts[i].thing
+        got = latest(facts[:i + 1], ("get",), person=person, thing=thing)
+        moves = [m for m in range(got, i if facts[i].action == "drop" else len(facts))
+                 if facts[m].action == "move" and facts[m].person == person]
+        if len(moves) >= 2:
+            place = facts[rng.choice(moves[1:])].thing
+            k = max(k for k in range(len(moves)) if facts[moves[k]].thing == place)
+            return Question(f"Where was the {thing} before the {place}?",
+                            facts[moves[k - 1]].thing, (i, moves[k], moves[k - 1]))
+
+
+def ask_relation(facts, i, rng):
+    """What is D of the B? What is the A D of? Each of the three places is the answer as often."""
+    fact = facts[i]
+    a, b = fact.person, fact.thing
+    middle, end = (a, b) if a in (facts[1 - i].person, facts[1 - i].thing) else (b, a)
+    asked, answer = (end, middle) if rng.random() < 1 / 3 else (middle, end)
+    direction = fact.other if asked == a else OPPOSITE[fact.other]
+    return Question(rng.choice((f"What is the {asked} {direction} of?",
+                                f"What is {OPPOSITE[direction]} of the {asked}?")), answer, (i,))
+
+
+def ask_gift(facts, i, rng):
+    """What did P give to Q? Who gave the O (to Q)? Who received it? The last such gift counts."""
+    fact = facts[i]
+    if fact.action != "give":
+        return None
+    p, o, q = fact.person, fact.thing, fact.other
+    what = (f"What did {p} give to {q}?", "thing", dict(person=p, other=q))
+    text, answer, known = rng.choice((
+        what, what, (f"Who gave the {o}?", "person", dict(thing=o)),
+        (f"Who gave the {o} to {q}?", "person", dict(thing=o, other=q)),
+        (f"Who received the {o}?", "other", dict(thing=o)),
+        (f"Who did {p} give the {o} to?", "other", dict(person=p, thing=o))))
+    gift = latest(facts, ("give",), **known)
+    return Question(text, getattr(facts[gift], answer), (gift,))
+
+
+def ask_whether(facts, i, rng, places=PLACES):
+    """Is P in the L? Yes, no or maybe; every other time L is where the last statement put him."""
+    if facts[i].action in MOVES:
+        move = latest(facts, MOVES, person=facts[i].person)
+        fact = facts[move]
+        told = (fact.thing, fact.other or fact.thing)
+        place = rng.choice(told)
+        if fact.action != "not" and rng.random() < 0.5:
+            place = rng.choice([p for p in places if p != place])
+        answer = {"not": "no", "either": "maybe"}.get(fact.action, "yes")
+        return Question(f"Is {fact.person} in the {place}?", answer if place in told else "no",
+                        (move,))
+
+
+def carried(facts, person):
+    """What he carries now, in the order of his first-ever pick-ups, and the facts that tell."""
+    first, holder, support = [], {}, []
     for i, fact in enumerate(facts):
-        if fact.action == "move":
-            moved.setdefault(fact.person, []).append(i)
-        else:
-            touched[fact.thing] = i
-    for thing, i in touched.items():
-        # the last move that tells: before a drop, after a get
-        moves = [m for m in moved.get(facts[i].person, [])
-                 if (m < i if facts[i].action == "drop" else m > i)]
-        if moves:
-            questions.append((i, Question(f"Where is the {thing}?", facts[moves[-1]].thing,
-                                          (i, moves[-1]))))
-    return questions
+        if fact.action in TOUCHES and person in (fact.person, fact.other):
+            receiver = {"get": fact.person, "drop": "", "give": fact.other}[fact.action]
+            holder[fact.thing] = receiver
+            support.append(i)
+            if receiver == person and fact.thing not in first:
+                first.append(fact.thing)
+    return [thing for thing in first if holder[thing] == person], tuple(support)
 
 
-ASK = {"qa1": ask_qa1, "qa2": ask_qa2}
-ALONG = {"qa1": (), "qa2": ("qa1",)}  # steps on the way, asked along with it in training
-EXAMPLES = {  # a pattern of every question of the task, and one of them
-    "qa1": (rf"Where is ({'|'.join(PEOPLE)})\?", "Where is Mary?"),
-    "qa2": (rf"Where is the ({'|'.join(OBJECTS)})\?", "Where is the milk?"),
+def ask_number(facts, i, rng):
+    """How many objects is P carrying?"""
+    if facts[i].action in TOUCHES:
+        things, support = carried(facts, facts[i].person)
+        return Question(f"How many objects is {facts[i].person} carrying?",
+                        NUMBERS[len(things)], support)
+
+
+def ask_list(facts, i, rng):
+    """What is P carrying?"""
+    if facts[i].action in TOUCHES:
+        things, support = carried(facts, facts[i].person)
+        return Question(f"What is {facts[i].person} carrying?", ",".join(things) or "nothing",
+                        support)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A bAbI task: what is asked, what may happen (each as likely), and in which world."""
+    ask: Callable
+    actions: tuple
+    examples: tuple             # a question of every form
+    people: tuple = PEOPLE
+    places: tuple = PLACES
+    there: float = 1.0          # how often a "get" ends in "there"
+    n_answers: int = 6          # how many different answers there are
+    along: tuple = ()           # tasks on the way to it, asked along with it in training
+
+
+HANDLE = ("move", "get", "drop")
+TASKS = {
+    "qa1": Task(ask_person, ("move",), ("Where is Mary?",)),
+    "qa2": Task(ask_object, HANDLE, ("Where is the milk?",), along=("qa1",)),
+    "qa3": Task(ask_before, HANDLE, ("Where was the milk before the office?",), there=0.2,
+                along=("qa1", "qa2")),
+    "qa4": Task(ask_relation, ("relation",), ("What is north of the office?",
+                                              "What is the office north of?"), people=()),
+    "qa5": Task(ask_gift, HANDLE + 4 * ("give",),
+                ("What did Fred give to Bill?", "Who gave the milk?", "Who gave the milk to Bill?",
+                 "Who received the milk?", "Who did Fred give the milk to?"), people=GIVERS, n_answers=7),
+    "qa6": Task(ask_whether, HANDLE, ("Is Mary in the office?",), n_answers=2),
+    "qa7": Task(ask_number, HANDLE + 4 * ("give",), ("How many objects is Mary carrying?",),
+                n_answers=4),
+    "qa8": Task(ask_list, HANDLE, ("What is Mary carrying?",), n_answers=16),
+    "qa9": Task(ask_whether, ("move", "move", "is", "not"), ("Is Mary in the office?",),
+                n_answers=2),
+    "qa10": Task(partial(ask_whether, places=TOWN), ("move", "move", "is", "either"),
+                 ("Is Bill in the park?",), people=GUESSED, places=TOWN,
+                 n_answers=3),
 }
 
 
-def askable(task, facts, window=WINDOW):
-    """Questions about the last `window` statements (None: all), one for each statement."""
-    first = 0 if window is None else len(facts) - window
-    return [question for i, question in ASK[task](facts) if i >= first]
+def parse_tasks(names):
+    """"all", or names like "qa1,qa6", as a tuple of tasks. ValueError if there is no such task."""
+    chosen = tuple(TASKS) if names == "all" else tuple(dict.fromkeys(names.split(",")))
+    for name in chosen:
+        if name not in TASKS:
+            raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}, and all")
+    return chosen
+
+
+def relations(rng):
+    """The two facts of qa4: three places in a line, told from either side, in any order."""
+    line, direction = rng.sample(PLACES, 3), rng.choice(sorted(OPPOSITE))
+    facts = []
+    for a, b in (line[:2], line[1:]):
+        told = (a, b, direction) if rng.random() < 0.5 else (b, a, OPPOSITE[direction])
+        facts.append(Fact("relation", *told, SENTENCES["relation"][0].format(
+            person=told[0], thing=told[1], other=told[2])))
+    rng.shuffle(facts)
+    return facts
+
+
+def askable(task, facts, rng, window=WINDOW):
+    """Questions about the last `window` statements (None: all), one for each where there is one."""
+    first = 0 if window is None else max(0, len(facts) - window)
+    questions = (TASKS[task].ask(facts, i, rng) for i in range(first, len(facts)))
+    return [question for question in questions if question]
 
 
 def tell(task, rng, max_facts=1000):
     """A story as bAbI makes it: statements in pairs, and after a pair a question where possible.
 
-    Returns the facts up to one of its five questions, at most `max_facts` (>= 2) of them.
+    Returns the facts up to one of its five questions, or the first `max_facts` (>= 2) of them.
     """
-    while True:
-        world, facts, asked, wanted = World(rng), [], 0, rng.randint(1, 5)
-        while len(facts) + 2 <= max_facts and asked < wanted:
-            facts += [world.step(ACTIONS[task]), world.step(ACTIONS[task])]
-            asked += bool(askable(task, facts))
-        if asked == wanted:
-            return facts
+    if task == "qa4":
+        return relations(rng)
+    world, facts, asked, wanted = World(TASKS[task], rng), [], 0, rng.randint(1, 5)
+    while len(facts) + 2 <= max_facts and asked < wanted:
+        facts += [world.step(), world.step()]
+        asked += bool(askable(task, facts, rng))
+    return facts
 
 
 def make_sample(task, rng, n_questions=1, max_facts=1000):
     """A `Sample`. One question follows bAbI's rule; several ask about anything in the story.
 
-    For qa2 the several include qa1's: who follows an object must follow its holder first.
+    The several include questions of the tasks `along` the way: who follows an object, for one,
+    must follow its holder first.
     """
-    facts = tell(task, rng, max_facts)
+    while True:
+        facts = tell(task, rng, max_facts)
+        questions = askable(task, facts, rng, WINDOW if n_questions == 1 else None)
+        if questions:
+            break
     if n_questions == 1:
-        questions = [rng.choice(askable(task, facts))]
+        questions = [rng.choice(questions)]
     else:
-        questions = list({question.text: question for kind in (task, *ALONG[task])
-                          for question in askable(kind, facts, window=None)}.values())
-        questions = rng.sample(questions, min(n_questions, len(questions)))
+        questions = rng.sample(questions, len(questions))
+        along = [q for t in TASKS[task].along for q in askable(t, facts, rng, window=None)]
+        if along:  # half of the questions are the task's own
+            del questions[(n_questions + 1) // 2:]
+            questions += rng.sample(along, len(along))
+        questions = list({question.text: question for question in questions}.values())
+        questions = rng.sample(questions[:n_questions], len(questions[:n_questions]))
     return Sample(tuple(fact.text for fact in facts), tuple(questions))
 
 
@@ -245,9 +432,71 @@ def noise_sentence(rng):
 
 
 def make_noise(encoding, seed, n_sentences=20000):
-    """A 'book' of noise: a list of tokenised sentences. Another seed gives another book."""
+    """A 'book' of noise made by a grammar. Another seed gives another book.
+
+    Returns a function of a `random.Random` that yields tokenised sentences without end, in
+    natural order from a random one on.
+    """
     rng = random.Random(f"noise {seed}")
-    return [encoding.encode_ordinary(" " + noise_sentence(rng)) for _ in range(n_sentences)]
+    book = [encoding.encode_ordinary(" " + noise_sentence(rng)) for _ in range(n_sentences)]
+
+    def sentences(rng):
+        start = rng.randrange(len(book))
+        yield from itertools.cycle(itertools.chain(book[start:], book[:start]))
+    return sentences
+
+
+FACTLIKE = re.compile(rf"\b({'|'.join({*PEOPLE, *GIVERS, *GUESSED})})\b"
+                      rf"|\b({'|'.join({*PLACES, *TOWN})})\b.*\b({'|'.join({*PLACES, *TOWN})})\b")
+
+
+def read_sentences(path, start=0, size=2**16):
+    """Sentences of a UTF-8 text from byte `start` on, read piece by piece: a file may be of any size.
+
+    A sentence ends at . ! or ? before a space and what may begin another one. The first is left
+    out, as it may have begun before `start`.
+    Raises ValueError where the file is not UTF-8.
+    """
+    decode = codecs.getincrementaldecoder("utf-8")("strict" if start == 0 else "ignore").decode
+    rest, first = "", start > 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        while piece := file.read(size):
+            try:
+                rest += decode(piece)
+            except UnicodeDecodeError:
+                raise ValueError(f"{path} is not a text in UTF-8; convert it first: "
+                                 f"iconv -f LATIN1 -t UTF-8") from None
+            *done, rest = re.split(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]*[A-Z0-9])", rest)
+            if len(rest) > size:  # no sentence is that long
+                done, rest = [*done, rest], ""
+            yield from (" ".join(sentence.split()) for sentence in done[first:])
+            first = first and not done
+
+
+def book_noise(encoding, paths, shortest=10):
+    """The haystack of BABILong: sentences of one or several texts, see `make_noise`.
+
+    They come in natural order from a random place of a random text, and from another place when
+    it ends. Sentences of fewer than `shortest` tokens are left out, and so are those which a
+    reader could take for facts: they name one of the people, or two of the places.
+    Raises OSError or ValueError if a text cannot be used.
+    """
+    for path in paths:
+        usable = sum(len(sentence) > 4 * shortest for sentence in read_sentences(path))
+        if usable < 100:
+            raise ValueError(f"{path} has {usable} sentences of some length; noise needs at least "
+                             "100, take a longer text")
+
+    def sentences(rng):
+        while True:
+            path = rng.choice(paths)
+            for sentence in read_sentences(path, rng.randrange(os.path.getsize(path))):
+                if not FACTLIKE.search(sentence):
+                    tokens = encoding.encode_ordinary(f" {sentence}")
+                    if len(tokens) >= shortest:
+                        yield tokens
+    return sentences
 
 
 def hide(facts, length, noise, rng, facts_in=(0.0, 1.0)):
@@ -262,12 +511,10 @@ def hide(facts, length, noise, rng, facts_in=(0.0, 1.0)):
     if fact_length > (facts_in[1] - facts_in[0]) * length:
         raise ValueError(f"{fact_length} tokens of facts do not fit into the part "
                          f"{facts_in[0]:g} to {facts_in[1]:g} of {length} tokens of context")
-    sentences, offsets = [], [0]
-    i = rng.randrange(len(noise))
+    sentences, offsets, book = [], [0], noise(rng)
     while offsets[-1] < length - fact_length:
-        sentences.append(noise[i % len(noise)][:length - fact_length - offsets[-1]])
+        sentences.append(next(book)[:length - fact_length - offsets[-1]])
         offsets.append(offsets[-1] + len(sentences[-1]))
-        i += 1
     low, high = facts_in[0] * length, facts_in[1] * length - fact_length
     gaps = [gap for gap, offset in enumerate(offsets) if low <= offset <= high]
     if not gaps:
@@ -290,20 +537,39 @@ def hide(facts, length, noise, rng, facts_in=(0.0, 1.0)):
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
 
 
-def word_encoding(text="", most=2000):
+def count_words(texts):
+    """How often each word stands after a space in some texts (any iterable of strings)."""
+    counts = Counter()
+    for text in texts:
+        counts.update(re.findall(r"(?<= )[A-Za-z]+", text))
+    return counts
+
+
+def word_encoding(counts=None, most=2000):
     """The built-in tokenizer: 256 bytes and, as one token each, every word the generator says.
 
-    The `most` frequent words of a `text` join them. tiktoken looks a whole piece up before it
-    merges bytes, so a listed word is one token and any other text falls back to bytes: encoding
-    and decoding give the text back exactly.
+    The `most` frequent of counted words join them, and a quarter as many pieces of up to four letters
+    that the other words are made of. tiktoken looks a whole piece of text up before it merges
+    bytes, so a listed word is one token and any other text falls back to pieces and bytes:
+    encoding and decoding give the text back exactly.
     """
-    phrases = PEOPLE + PLACES + OBJECTS + tuple(p for verbs in VERBS.values() for p in verbs)
-    phrases += tuple(p for choices in NOISE.values() for p in choices)
-    words = {word for phrase in phrases for word in phrase.split()}
-    words |= set("The the Where is there".split())
-    frequent = Counter(re.findall(r"(?<= )[A-Za-z]+", text)).most_common(most)
-    words = sorted(words) + [word for word, _ in frequent if word not in words]
-    return make_encoding([bytes([b]) for b in range(256)] + [f" {word}".encode() for word in words])
+    phrases = [*PEOPLE, *GIVERS, *GUESSED, *PLACES, *TOWN, *OBJECTS, *OPPOSITE, *NUMBERS]
+    phrases += ["there The the Is Where was yes no maybe nothing"]
+    phrases += [p for choices in (*NOISE.values(), *SENTENCES.values()) for p in choices]
+    phrases += [example for task in TASKS.values() for example in task.examples]
+    words = {word for phrase in phrases for word in re.findall(r"(?<![{\w])[A-Za-z]+", phrase)}
+    counts = counts or Counter()
+    words = sorted(words) + [word for word, _ in counts.most_common(most) if word not in words]
+    listed, pieces = set(words), Counter()
+    for word, count in counts.items():
+        if word not in listed:
+            for size in (2, 3, 4):
+                for i in range(len(word) + 2 - size):
+                    pieces[f" {word}"[i:i + size]] += count
+    words = [f" {word}" for word in words] + list(OBJECTS)  # in a list they follow a comma
+    listed = set(words)
+    words += [piece for piece, _ in pieces.most_common(most // 4) if piece not in listed]
+    return make_encoding([bytes([b]) for b in range(256)] + [word.encode() for word in words])
 
 
 def make_encoding(tokens, pattern=PATTERN):
@@ -312,13 +578,13 @@ def make_encoding(tokens, pattern=PATTERN):
                              mergeable_ranks={token: i for i, token in enumerate(tokens)})
 
 
-def load_encoding(name, text=""):
+def load_encoding(name, counts=None):
     """"words" (built in), a name tiktoken knows ("gpt2": it downloads once) or a tiktoken file.
 
     Raises ValueError, in one line, if there is no such tokenizer or it cannot be had.
     """
     if name == "words":
-        return word_encoding(text)
+        return word_encoding(counts)
     if os.path.isfile(name):
         from tiktoken.load import load_tiktoken_bpe
         ranks = load_tiktoken_bpe(name)
@@ -423,15 +689,109 @@ def answered_by_bank(model, tokens, targets):
 def shortcuts(task, samples):
     """Accuracies without any understanding on these very samples (one question each).
 
-    {"chance", "best constant", "last-mentioned place"}: a uniform guess among the task's answers,
-    the commonest answer always, the place named last in the facts.
+    "chance"          a uniform guess among the task's answers
+    "best constant"   the commonest answer always
+    "last mentioned"  of what could be the answer, that which the facts name last; to "Is P in the L?"
+                      yes if L is the place named last; to "How many?" one
     """
     answers = [sample.questions[0].answer for sample in samples] or [""]
-    last = [next((word for word in re.findall(r"\w+", " ".join(sample.facts))[::-1]
-                  if word in PLACES), None) for sample in samples]
-    return {"chance": 1 / len(PLACES),
+    right = 0
+    for sample, answer in zip(samples, answers):
+        words = re.findall(r"\w+", " ".join(sample.facts))[::-1]
+        asked = re.findall(r"\w+", sample.questions[0].text)
+        place = next((word for word in words if word in PLACES + TOWN), "")
+        if asked[0] == "Is":
+            guess = "yes" if place == asked[-1] else "no"
+        elif asked[0] == "How":
+            guess = "one"
+        else:
+            names = {"What": OBJECTS, "Who": GIVERS}.get(asked[0], PLACES)
+            names = PLACES if task == "qa4" else names
+            guess = next((word for word in words if word in names and word not in asked), "")
+        right += guess == answer
+    return {"chance": 1 / TASKS[task].n_answers,
             "best constant": max(map(answers.count, set(answers))) / len(answers),
-            "last-mentioned place": sum(map(str.__eq__, answers, map(str, last))) / len(answers)}
+            "last mentioned": right / len(answers)}
+
+
+@torch.no_grad()
+def score(model, encoding, samples, length, noise, rng, most=2**17):
+    """[(sample, right)] for those samples of one question each that fit into `length` tokens.
+
+    Length 0 is the bare story without noise. Long contexts come in small batches, so that one of
+    128k tokens needs no more memory than 32 of 4k.
+    """
+    scored, batch = [], []
+
+    def answer():
+        right = answered(model, *stack([pair for _, pair in batch])).tolist()
+        scored.extend(zip([sample for sample, _ in batch], right))
+        batch.clear()
+
+    if not length:  # rows of a batch are as long as one another
+        samples = sorted(samples, key=lambda s: len(to_tokens(s, encoding)[0]))
+    for sample in samples:
+        try:
+            pair = to_tokens(sample, encoding, length or None, noise, rng)
+        except ValueError:  # the facts do not fit; BABILong leaves such samples out as well
+            continue
+        if batch and (len(batch) * len(pair[0]) >= most or len(batch[0][1][0]) != len(pair[0])):
+            answer()
+        batch.append((sample, pair))
+    if batch:
+        answer()
+    return scored
+
+
+def shorten(length):
+    """1024 as "1k"."""
+    return f"{length // 1024}k" if length % 1024 == 0 and length else str(length)
+
+
+def score_table(model, encoding, samples, lengths, noise, seed=0, path=None):
+    """Print accuracies, tasks by lengths, and under them the shortcuts; returns the cells.
+
+    samples  {task: list of samples of one question each}
+    lengths  {tokens (0: no noise): how many of the samples to take}
+    Cells are dictionaries, one for each task and length; a `path` gets them as CSV.
+    Raises ValueError where no sample fits into a length.
+    """
+    cells, notes = {}, []
+    print("\nexact match ± standard error")
+    print("length  " + "".join(f"{shorten(length):>15}" for length in lengths))
+    print("samples " + "".join(f"{count:15}" for count in lengths.values()), flush=True)
+    for task in samples:
+        print(f"{task:8}", end="", flush=True)
+        for length, count in lengths.items():
+            rng, chosen = random.Random(f"score {seed} {task} {length}"), samples[task][:count]
+            scored = score(model, encoding, chosen, length, noise, rng)
+            if not scored:
+                raise ValueError(f"{length} tokens are too few for the facts of {task}")
+            n, accuracy = len(scored), sum(right for _, right in scored) / len(scored)
+            error = (accuracy * (1 - accuracy) / n) ** 0.5
+            cells[task, length] = {"task": task, "tokens": length, "samples": n,
+                                   "accuracy": accuracy, "standard_error": error,
+                                   **shortcuts(task, [sample for sample, _ in scored])}
+            if n < count:
+                notes.append(f"{task} at {shorten(length)}: {n} samples"
+                             + " (longer stories do not fit)" * (n < len(chosen)))
+            print(f"  {accuracy:.3f} ±{error:.3f}", end="", flush=True)
+        print()
+    means = [sum(cells[task, length]["accuracy"] for task in samples) / len(samples)
+             for length in lengths]
+    print("mean    " + "".join(f"  {mean:.3f}       " for mean in means))
+    print("\n".join(notes))
+    first = next(iter(lengths))
+    print(f"{f'shortcuts at {shorten(first)}':18}" + "".join(f"{task:>7}" for task in samples))
+    for name in ("best constant", "last mentioned"):
+        print(f"{name:18}" + "".join(f"{cells[task, first][name]:7.3f}" for task in samples))
+    if path:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, next(iter(cells.values())))
+            writer.writeheader()
+            writer.writerows(cells.values())
+        print(f"written to {path}")
+    return list(cells.values())
 
 
 # --------------------------------------------------------------------------------------------
@@ -466,10 +826,21 @@ def flag(default, help, choices=None):
 
 def span(text):
     """"0.0,0.5" as (0.0, 0.5)."""
-    low, high = (float(part) for part in text.split(","))
-    if not 0 <= low < high <= 1:
-        raise ValueError
-    return low, high
+    try:
+        low, high = (float(part) for part in text.split(","))
+        if 0 <= low < high <= 1:
+            return low, high
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a part like 0.0,0.5 between 0 and 1")
+
+
+def token_counts(text):
+    """"0,1k,4096" as (0, 1024, 4096)."""
+    if not re.fullmatch(r"\d{1,9}k?(,\d{1,9}k?)*", text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of tokens like 0,1k,4096")
+    return tuple(dict.fromkeys(int(part.rstrip("k")) * (1024 if part[-1] == "k" else 1)
+                               for part in text.lower().split(",")))
 
 
 def parse_flags(config_class, description, argv=None):
@@ -481,29 +852,39 @@ def parse_flags(config_class, description, argv=None):
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(config_class):
-        shown = f"{f.metadata['help']} ({f.default})" if f.default not in ("", False) \
+        shown = f"{f.metadata['help']} ({f.default})" if f.default not in ("", (), False) \
             else f.metadata["help"]
         if f.type is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction,
                                 default=f.default, help=shown)
         else:
-            parser.add_argument(f"--{f.name}", type=span if f.type is tuple else f.type,
+            parser.add_argument(f"--{f.name}", type=f.type,
                                 default=f.default, choices=f.metadata["choices"], help=shown,
                                 metavar=f.name.upper() if not f.metadata["choices"] else None)
     return config_class(**vars(parser.parse_args(argv)))
 
 
 # --------------------------------------------------------------------------------------------
-# Print samples
+# Print samples, statistics or scores
 
 @dataclass
 class Flags:
-    task: str = flag("qa1", "which task", choices=TASKS)
-    samples: int = flag(3, "how many samples to print")
+    # samples
+    task: str = flag("qa1", "which task to print samples of", choices=tuple(TASKS))
+    samples: token_counts = flag((), "how many: of the task (3), or for each of --lengths (200,50)")
     length: int = flag(128, "tokens in all, question and answer included; 0 = facts without noise")
-    facts_in: tuple = flag((0.0, 1.0), "the part of the context that holds the facts: 0.0,0.5")
+    facts_in: span = flag((0.0, 1.0), "the part of the context that holds the facts: 0.0,0.5")
     babi_dir: str = flag("", "folder of real bAbI files to take the stories from")
+    noise: str = flag("", "texts to hide the facts in, instead of the built-in noise: a.txt,b.txt")
     seed: int = flag(0, "seed of stories, noise and mixing")
+    # statistics
+    stats: bool = flag(False, "compare generated stories with the released files instead")
+    # scores
+    ckpt: str = flag("", "score this checkpoint of train.py instead")
+    tasks: str = flag("", "tasks to score: qa1,qa2 or all (those it was trained on)")
+    lengths: token_counts = flag((0, 1024, 4096), "tokens of context; 0 = no noise, k = 1024: 0,1k,4k")
+    csv: str = flag("", "where to write the scores (babilong.csv beside the checkpoint)")
+    device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
 def load_babi(folder, task):
@@ -514,15 +895,20 @@ def load_babi(folder, task):
         die(f"--babi_dir: {error}")
 
 
-def main():
-    flags = parse_flags(Flags, __doc__)
-    if flags.samples < 1 or flags.length < 0:
-        die("--samples must be at least 1 and --length at least 0")
+def load_noise(names, encoding, seed):
+    """The noise that `--noise=a.txt,b.txt` names, the built-in one without names; or one line."""
+    try:
+        return book_noise(encoding, names.split(",")) if names else make_noise(encoding, seed)
+    except (OSError, ValueError) as error:
+        die(f"--noise: {error}")
+
+
+def print_samples(flags):
     rng = random.Random(flags.seed)
     encoding = word_encoding()
-    noise = make_noise(encoding, flags.seed)
+    noise = load_noise(flags.noise, encoding, flags.seed)
     real = load_babi(flags.babi_dir, flags.task) if flags.babi_dir else None
-    for number in range(1, flags.samples + 1):
+    for number in range(1, flags.samples[0] + 1):
         sample = rng.choice(real) if real else make_sample(flags.task, rng)
         question = sample.questions[0]
         try:
@@ -539,6 +925,73 @@ def main():
             print(mark, sentence.strip())
         print(f"   {question.text}  ->  {question.answer}")
     print("\n>> supporting fact   > other fact   the rest is noise")
+
+
+RELEASED = {  # of the released files (10k train; qa3 1k): mean facts per question, answers in percent
+    "qa1": (6.0, "bathroom 17.3, garden 16.6, office 16.6, hallway 16.6, bedroom 16.4"),
+    "qa2": (15.6, ""), "qa3": (50.0, ""), "qa4": (2.0, ""),
+    "qa5": (20.1, "Mary 18.5, Fred 17.5, Bill 15.9, Jeff 14.5, apple 13.7, football 10.8, milk 9.1"),
+    "qa6": (6.3, "yes 50.1, no 49.9"), "qa7": (8.7, "one 48.7, none 47.0, two 4.1, three 0.2"),
+    "qa8": (8.8, "nothing 36.2"), "qa9": (6.0, "no 62.5, yes 37.5"),
+    "qa10": (6.0, "no 47.5, yes 37.7, maybe 14.7")}
+
+
+def print_statistics(flags, count=2000):
+    """Facts per question and shares of answers: generated, as released, and as in --babi_dir."""
+    for task in TASKS:
+        rng = random.Random(flags.seed)
+        made = [make_sample(task, rng) for _ in range(count)]
+        print(f"{task:5} released   {RELEASED[task][0]:5.1f} facts a question | {RELEASED[task][1]}")
+        real = {"real files": load_babi(flags.babi_dir, task)} if flags.babi_dir else {}
+        for name, samples in ({"generated": made} | real).items():
+            facts = [len(sample.facts) for sample in samples]
+            answers = Counter(sample.questions[0].answer for sample in samples).most_common(7)
+            print(f"      {name:10} {sum(facts) / len(facts):5.1f}, {min(facts)} to {max(facts)} | "
+                  + ", ".join(f"{answer} {100 * n / len(samples):.1f}" for answer, n in answers))
+
+
+def print_scores(flags):
+    from lm2 import LM2, load_checkpoint
+    try:
+        device = find_device(flags.device)
+        model, encoding = LM2.load(flags.ckpt, device)
+        tasks = parse_tasks(flags.tasks or load_checkpoint(flags.ckpt)["train"]["flags"]["task"])
+    except ValueError as error:
+        die(error)
+    except (KeyError, TypeError):
+        die(f"{flags.ckpt} does not say what it was trained on; name the --tasks")
+    path = flags.csv or os.path.join(os.path.dirname(flags.ckpt), "babilong.csv")
+    counts = flags.samples + (flags.samples[-1],) * len(flags.lengths)
+    noise = load_noise(flags.noise, encoding, f"score {flags.seed}")
+    rng, samples = random.Random(f"score {flags.seed}"), {}
+    for task in tasks:
+        if flags.babi_dir:
+            samples[task] = load_babi(flags.babi_dir, task)
+            rng.shuffle(samples[task])
+        else:
+            samples[task] = [make_sample(task, rng) for _ in range(max(flags.samples))]
+    print(f"{flags.ckpt}: stories {flags.babi_dir or 'generated'}, "
+          f"noise {flags.noise or 'built in'}, seed {flags.seed}")
+    try:
+        score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise, flags.seed,
+                    path)
+    except ValueError as error:
+        die(f"--lengths: {error}")
+    except OSError as error:
+        die(f"--csv={path}: cannot write there ({error.strerror})")
+
+
+def main():
+    flags = parse_flags(Flags, __doc__)
+    flags.samples = flags.samples or ((100,) if flags.ckpt else (3,))
+    if min(flags.samples) < 1 or flags.length < 0:
+        die("--samples must be at least 1 and --length at least 0")
+    if flags.ckpt:
+        print_scores(flags)
+    elif flags.stats:
+        print_statistics(flags)
+    else:
+        print_samples(flags)
 
 
 if __name__ == "__main__":

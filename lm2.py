@@ -376,7 +376,7 @@ class LM2(nn.Module):
                  in zip(self.blocks, outputs, memory.banks.unbind(1))]
         return Memory(torch.stack(banks, dim=1), memory.tail) if banks else memory
 
-    def forward(self, tokens, targets=None, memory=None, last=None):
+    def forward(self, tokens, targets=None, memory=None, last=None, scored_only=False):
         """Read tokens segment by segment.
 
         tokens   (B, T) int64, any T >= 1
@@ -384,6 +384,8 @@ class LM2(nn.Module):
         memory   the `Memory` that an earlier call returned; None: a fresh one
         last     return and score only the last so many positions: without gradients a long context
                  then needs no more working memory than a short one
+        scored_only   logits of the positions that have a target alone, (n, vocab), row by row:
+                 with few answers in a long context most of the head's work is saved
         Returns logits (B, T or last, vocab), the mean cross-entropy in nats (None without targets)
         and the memory. Cutting a long input at multiples of block_size and passing the memory on
         gives the same logits as one call. An unfinished last segment is written as if the text
@@ -399,10 +401,15 @@ class LM2(nn.Module):
             memory = self.write_memory(outputs, memory)
             if start + segment.size(1) > first:
                 hidden.append(outputs[-1][:, max(first - start, 0):])
-        logits = self.head(torch.cat(hidden, dim=1))                    # (B, T - first, vocab)
+        hidden = torch.cat(hidden, dim=1)                               # (B, T - first, d)
+        if targets is not None:
+            targets = targets[:, first:]
+            if scored_only:
+                hidden, targets = hidden[targets >= 0], targets[targets >= 0]
+        logits = self.head(hidden)                                      # (B, T - first, vocab)
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, first:].flatten(),
+            loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(),
                                    ignore_index=-1)
         return logits, loss, memory
 

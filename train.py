@@ -3,6 +3,7 @@
     python train.py                          # ten minutes on two CPU cores; ends in the proof table
     python train.py --task=qa2 --n_layer=3 --n_embd=128 --segments=16 --steps=1800 --out=out-qa2
     python train.py --data=book.txt --out=out-book      # any text instead of stories
+    python train.py --task=all --n_layer=3 --n_embd=96 --noise=a.txt,b.txt --out=out-all
     python train.py --resume                 # go on exactly where a stopped run was
 
 The file reads from top to bottom: flags, set-up, data, model, the loop, the proof.
@@ -16,6 +17,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -28,7 +30,8 @@ from lm2 import LM2, LM2Config, load_checkpoint
 @dataclass
 class Flags:
     # what to learn
-    task: str = flag("qa1", "bAbI task to learn", choices=babi.TASKS)
+    task: str = flag("qa1", "bAbI task to learn, several (qa1,qa6), or all")
+    noise: str = flag("", "texts to hide the facts in, instead of the built-in noise: a.txt,b.txt")
     data: str = flag("", "a text file to learn instead of a task")
     tokenizer: str = flag("words", "words, a name tiktoken knows such as gpt2, or a tiktoken file")
     out: str = flag("out", "folder for the checkpoint and the log")
@@ -119,18 +122,22 @@ else:
 autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
 try:
-    text = None
+    tasks = babi.parse_tasks(flags.task)
+    text, books = None, [name for name in flags.noise.split(",") if name]
     if flags.data:
         with open(flags.data, encoding="utf-8") as file:
             text = file.read()
     if checkpoint:
-        encoding = LM2.load(path)[1]  # the text may have changed, the tokens may not
+        encoding = LM2.load(path)[1]  # the texts may have changed, the tokens may not
     else:
-        encoding = babi.load_encoding(flags.tokenizer, (text or "")[:len(text or "") * 9 // 10])
+        learned = [text[:len(text) * 9 // 10]] if text else \
+            (sentence for book in books for sentence in babi.read_sentences(book))
+        encoding = babi.load_encoding(flags.tokenizer, babi.count_words(learned))
+    noise = babi.book_noise(encoding, books) if books else babi.make_noise(encoding, flags.seed)
 except (OSError, UnicodeDecodeError, ValueError) as error:
     reason = "not a text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
     die(f"--data={flags.data}: {reason}" if text is None and flags.data else reason)
-real = babi.load_babi(flags.babi_dir, flags.task) if flags.babi_dir else None
+real = {task: babi.load_babi(flags.babi_dir, task) for task in tasks} if flags.babi_dir else {}
 
 try:
     sizes = {f.name: getattr(flags, f.name) for f in fields(LM2Config) if hasattr(flags, f.name)}
@@ -148,49 +155,53 @@ if flags.data:
     if len(ids) - split <= window:
         die(f"--data={flags.data}: {len(ids)} tokens; the last tenth is held out and must be "
             f"longer than a window of {window}; use a longer text or a smaller --window")
-else:
-    noise = babi.make_noise(encoding, flags.seed)
 
 
-def story_batch(step, stage):
-    """(tokens, targets) of the curriculum's `stage`, with contexts of up to that many segments.
+def story_batch(step, stages):
+    """(tokens, targets, task of each row); the curriculum stands at `stages` {task: segments}.
 
-    Seven steps in ten stay with up to four, dense with facts; in the others, of 4 to
-    `stage` segments, the bank must hold the facts for long.
+    A step's contexts are as long as one task's stage allows, and its rows are of all tasks that
+    have come so far. Seven steps in ten stay with up to four segments, dense with facts; in the
+    others, of 4 to `stage` segments, the bank must hold the facts for long.
     Lengths are mostly no multiple of a segment, as in life. Half the samples spread their facts
     over the whole context, half put them in its first part, so that the bank must hold them while
     noise alone goes by.
     """
     rng = random.Random(f"{flags.seed} {step}")
+    stage = stages[rng.choice(tasks)] if len(tasks) > 1 else stages[tasks[0]]
     segments = rng.randint(min(2, stage), min(stage, 4))
     if stage > 4 and rng.random() < 0.3:
         segments = rng.randint(4, stage)
-    most = 4 * max(1, stage - 1) if stage < 4 else 1000  # facts in a story
     length = segments * flags.block_size
     if rng.random() < 0.7:
         length = rng.randint(min(length, max(40, length - 2 * flags.block_size)), length)
+    ready = [task for task in tasks if stages[task] >= segments]
     rows = max(1, min(flags.batch_size, flags.batch_tokens // length))
-    pairs, tries = [], 0
+    pairs, names, tries = [], [], 0
     while len(pairs) < rows:
         tries += 1
         if tries > 100000:
             die("stories do not fit into so short a context; use a larger --block_size")
-        sample = babi.make_sample(flags.task, rng, flags.questions, most)
+        task = rng.choice(ready) if len(ready) > 1 else ready[0]
+        stage = stages[task]
+        most = 4 * max(1, stage - 1) if stage < 4 else 1000  # facts in a story
+        sample = babi.make_sample(task, rng, flags.questions, min(most, max(4, length // 8)))
         until = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
         try:
             pairs.append(babi.to_tokens(sample, encoding, length, noise, rng, (0.0, until)))
+            names.append(task)
         except ValueError:  # this story does not fit here; the next may
             pass
-    return babi.stack(pairs)
+    return *babi.stack(pairs), names
 
 
 def text_batch(step):
-    """(tokens, targets) of random windows of the text; the targets are the next tokens."""
+    """(tokens, targets, no tasks) of random windows of the text; targets are the next tokens."""
     rng = random.Random(f"{flags.seed} {step}")
     rows = max(1, min(flags.batch_size, flags.batch_tokens // window))
     starts = [rng.randrange(split - window) for _ in range(rows)]
     return (torch.stack([ids[i:i + window] for i in starts]),
-            torch.stack([ids[i + 1:i + window + 1] for i in starts]))
+            torch.stack([ids[i + 1:i + window + 1] for i in starts]), [])
 
 
 @torch.no_grad()
@@ -216,8 +227,9 @@ except (RuntimeError, MemoryError):
     die("this model does not fit into the machine's memory; make it smaller")
 optimizers = model.optimizer(flags.lr, flags.muon_lr, flags.weight_decay)
 rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-# where the run stands: `stage` is the curriculum's longest context, `running` its mean accuracy
-state = {"step": 0, "stage": 1, "running": 0.0, "seconds": 0.0, "flags": asdict(flags),
+# where the run stands; for each task, `stage` is the longest context, `running` the mean accuracy
+state = {"step": 0, "stage": dict.fromkeys(tasks, 1), "running": dict.fromkeys(tasks, 0.0),
+         "seconds": 0.0, "flags": asdict(flags),
          "text": zlib.crc32((text or "").encode())}
 if checkpoint:
     try:
@@ -291,7 +303,7 @@ print(f"{flags.data or flags.task}: {flags.steps} steps, contexts of up to "
       f"{flags.window if flags.data else flags.segments} segments of {flags.block_size} tokens")
 
 log_path = os.path.join(flags.out, "log.csv")
-columns = ["step", "stage", "loss", "accuracy", "bits_per_byte", "tokens_per_second",
+columns = ["step", *(f"{task}_stage" for task in tasks), *tasks, "loss", "accuracy", "bits_per_byte", "tokens_per_second",
            "input_gate", "forget_gate", "output_gate", "seconds"]
 rows = []
 if checkpoint and os.path.exists(log_path):  # drop what a crash left behind the checkpoint
@@ -308,19 +320,19 @@ with open(log_path, "w", newline="") as file:
 stop = []
 signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: end after this step
 meter = GateMeter(model)
-losses, accuracies, n_tokens, clock = [], [], 0, time.time()
+losses, right, asked, n_tokens, clock = [], Counter(), Counter(), 0, time.time()
 live = sys.stdout.isatty()  # on a terminal the log line is rewritten in place
 
 while state["step"] < flags.steps and not stop:
     step = state["step"]
-    tokens, targets = text_batch(step) if flags.data else story_batch(step, state["stage"])
-    last_positions = None if flags.data else babi.answer_span(targets)
+    tokens, targets, names = text_batch(step) if flags.data else story_batch(step, state["stage"])
+    span = tokens.size(1) if flags.data else babi.answer_span(targets)
     tokens, targets = tokens.to(device), targets.to(device)
     for optimizer, base in zip(optimizers, rates):
         for group, lr in zip(optimizer.param_groups, base):
             group["lr"] = lr * rate(step)
     with autocast:
-        logits, loss, _ = model(tokens, targets, last=last_positions)
+        logits, loss, _ = model(tokens, targets, last=span, scored_only=True)
     losses.append(loss.item())
     if not math.isfinite(losses[-1]):
         print(f"\nstep {step}: the loss is {losses[-1]}. Stopped; the checkpoint from before, "
@@ -335,38 +347,54 @@ while state["step"] < flags.steps and not stop:
     state["step"] += 1
     n_tokens += tokens.numel()
     if not flags.data:
-        targets = targets[:, -logits.size(1):]
-        begins = (targets >= 0) & (targets.roll(1, dims=1) < 0)      # first tokens of the answers
-        accuracies.append((logits.argmax(-1) == targets)[begins].float().mean().item())
-        state["running"] = 0.97 * state["running"] + 0.03 * accuracies[-1]
-        if state["running"] > flags.threshold and state["stage"] < flags.segments:
-            state["stage"] = min(flags.segments, state["stage"] + max(1, state["stage"] // 2))
-            state["running"] = 0.0
+        scored = targets >= 0
+        begins = scored & (targets.roll(1, dims=1) < 0)              # first tokens of the answers
+        hit = torch.zeros_like(scored)
+        hit[scored] = logits.argmax(-1) == targets[scored]
+        hit, begins = (hit & begins).sum(1).tolist(), begins.sum(1).tolist()
+        for task in dict.fromkeys(names):
+            rows = [i for i, name in enumerate(names) if name == task]
+            n_right, n_asked = sum(hit[i] for i in rows), sum(begins[i] for i in rows)
+            right[task] += n_right
+            asked[task] += n_asked
+            share = min(0.1, 0.03 * len(tasks) * len(rows) / len(names))
+            state["running"][task] += share * (n_right / n_asked - state["running"][task])
+            stage = state["stage"][task]
+            if state["running"][task] > flags.threshold and stage < flags.segments:
+                state["stage"][task] = min(flags.segments, stage + max(1, stage // 2))
+                state["running"][task] = 0.0
 
     last = state["step"] == flags.steps or stop
     if state["step"] % flags.log_every == 0 or last:
         seconds = time.time() - clock
         state["seconds"] += seconds
         gates = meter.read()
-        row = {"step": state["step"], "stage": state["stage"], "loss": sum(losses) / len(losses),
-               "accuracy": "" if flags.data else sum(accuracies) / len(accuracies),
+        accuracy = {task: right[task] / asked[task] if asked[task] else math.nan for task in tasks}
+        row = {"step": state["step"], "loss": sum(losses) / len(losses),
+               "accuracy": "" if flags.data else sum(right.values()) / sum(asked.values()),
                "tokens_per_second": n_tokens / seconds, "seconds": state["seconds"]}
         row |= {f"{kind}_gate": value for kind, value in gates.items()}
         if flags.data:
             row["bits_per_byte"] = text_loss()[1]
+        else:
+            row |= accuracy | {f"{task}_stage": stage for task, stage in state["stage"].items()}
         with open(log_path, "a", newline="") as file:
             csv.DictWriter(file, columns).writerow(
                 {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
         left = (flags.steps - state["step"]) * state["seconds"] / state["step"]
         line = (f"step {row['step']:5d}/{flags.steps}"
                 + (f" | {row['bits_per_byte']:.3f} bits/byte held out" if flags.data else
-                   f" | up to {row['stage']} segments | accuracy {row['accuracy']:.3f}")
+                   f" | up to {max(state['stage'].values())} segments"
+                   f" | accuracy {row['accuracy']:.3f}")
                 + f" | loss {row['loss']:.3f} | {row['tokens_per_second'] / 1000:.0f}k tokens/s"
                 + " | gates " + " ".join(f"{k} {v:.2f}" for k, v in gates.items() if v == v)
                 + f" | {left // 60:.0f}:{left % 60:02.0f} left")
         print(("\r\033[K" if live else "") + line, end="" if live and not last else "\n",
               flush=True)
-        losses, accuracies, n_tokens, clock = [], [], 0, time.time()
+        if len(tasks) > 1 and not flags.data:
+            print("\n    " if live else "    ", " ".join(f"{task} {state['stage'][task]}:{value:.2f}"
+                  for task, value in accuracy.items()), flush=True)
+        losses, right, asked, n_tokens, clock = [], Counter(), Counter(), 0, time.time()
     if state["step"] % flags.save_every == 0 or last:
         save()
 
@@ -387,7 +415,7 @@ if flags.data:
     summary |= {"held_out_loss": round(nats, 4), "bits_per_byte": round(bits, 4)}
 
 
-def proof_row(samples, length, facts_in):
+def proof_row(task, samples, length, facts_in=(0.0, 0.5)):
     """{column: number} for one context length; stories that do not fit there are left out."""
     rng = random.Random(f"proof {flags.seed} {length}")
     fit, pairs = [], []
@@ -406,15 +434,7 @@ def proof_row(samples, length, facts_in):
         right["swapped"] += found["swapped"].tolist()
     return ({"tokens": length, "samples": len(fit)}
             | {name: sum(hit) / len(hit) if hit else math.nan for name, hit in right.items()}
-            | babi.shortcuts(flags.task, fit))
-
-
-def without_noise(samples):
-    """Accuracy on the bare stories (BABILong's 0K)."""
-    right = [babi.answered(model, *babi.stack([babi.to_tokens(sample, encoding)])).item()
-             for sample in samples]
-    return {"tokens": "0K", "samples": len(right), "memory": sum(right) / len(right),
-            "wiped": math.nan, "swapped": math.nan} | babi.shortcuts(flags.task, samples)
+            | babi.shortcuts(task, fit))
 
 
 def show(title, rows):
@@ -456,29 +476,30 @@ def picture(rows, file):
 
 
 if not flags.data:
-    proof_noise = babi.make_noise(encoding, f"proof {flags.seed}")  # a book never trained on
-    rng = random.Random(f"proof {flags.seed}")
-    made = [babi.make_sample(flags.task, rng) for _ in range(flags.eval_samples)]
+    # where the noise is not from given texts, a book never trained on
+    proof_noise = noise if books else babi.make_noise(encoding, f"proof {flags.seed}")
     trained = flags.segments * flags.block_size
-    clock = time.time()
+    clock, rows = time.time(), []
     # times the trained length: number of samples
-    sizes = {1: None, 2: 200, 4: 100, 16: 50, 64: 20}
-    rows = [proof_row(made[:count], trained * times, (0.0, 0.5)) for times, count in sizes.items()
-            if times <= flags.eval_times]
+    sizes = {1: None, 2: 200, 4: 100, 16: 50, 64: 20} if len(tasks) == 1 else {1: 100}
+    for task in tasks:
+        rng = random.Random(f"proof {flags.seed}")
+        made = [babi.make_sample(task, rng) for _ in range(flags.eval_samples)]
+        rows += [{"task": task} | proof_row(task, made[:count], trained * times)
+                 for times, count in sizes.items() if times <= flags.eval_times]
     show("The proof: facts in the first half of the context only, question in the last segment",
          rows)
-    picture(rows, os.path.join(flags.out, "proof.png"))
+    if len(tasks) == 1:
+        picture(rows, os.path.join(flags.out, "proof.png"))
     for row in rows:
-        times = row["tokens"] // trained
-        summary |= {f"memory_{times}x": row["memory"], f"wiped_{times}x": row["wiped"],
-                    f"swapped_{times}x": row["swapped"]}
+        name = f"{row['tokens'] // trained}x" if len(tasks) == 1 else row["task"]
+        summary |= {f"{kind}_{name}": row[kind] for kind in ("memory", "wiped", "swapped")}
     if real:
-        rows = [without_noise(real)]
-        size = flags.block_size
-        rows += [proof_row(real[:count], length // size * size, (0.0, 1.0))
-                 for length, count in ((1024, 500), (4096, 200), (16384, 100)) if length > 2 * size]
-        show(f"Real bAbI {flags.task}, facts anywhere (0K: no noise)", rows)
-        summary |= {f"real_{row['tokens']}": row["memory"] for row in rows}
+        print(f"\nThe real bAbI files in {flags.babi_dir}, facts anywhere")
+        counts = {0: 1000, 1024: 500, 4096: 200, 16384: 100}
+        cells = babi.score_table(model, encoding, real, {length: -(-count // len(tasks)) for
+                                 length, count in counts.items()}, proof_noise, flags.seed)
+        summary |= {f"real_{cell['task']}_{cell['tokens']}": cell["accuracy"] for cell in cells}
     summary["proof_seconds"] = round(time.time() - clock)
 
 print()
