@@ -1,4 +1,4 @@
-"""BABILong in miniature: bAbI stories hidden in noise, made on the fly, and the table of scores.
+"""BABILong in miniature: bAbI stories hidden in noise, made on the fly, and a table of scores.
 
     python babilong_tiny.py                                  # print samples a person can read
     python babilong_tiny.py --task=qa2 --length=256 --samples=1 --noise=book.txt
@@ -289,14 +289,23 @@ TASKS = {
                  "Who received the milk?", "Who did Fred give the milk to?"), people=GIVERS, n_answers=7),
     "qa6": Task(ask_whether, HANDLE, ("Is Mary in the office?",), n_answers=2),
     "qa7": Task(ask_number, HANDLE + 4 * ("give",), ("How many objects is Mary carrying?",),
-                n_answers=4),
-    "qa8": Task(ask_list, HANDLE, ("What is Mary carrying?",), n_answers=16),
+                n_answers=4, along=("qa8",)),
+    "qa8": Task(ask_list, HANDLE, ("What is Mary carrying?",), n_answers=16,
+                along=("qa7",)),
     "qa9": Task(ask_whether, ("move", "move", "is", "not"), ("Is Mary in the office?",),
                 n_answers=2),
     "qa10": Task(partial(ask_whether, places=TOWN), ("move", "move", "is", "either"),
                  ("Is Bill in the park?",), people=GUESSED, places=TOWN,
                  n_answers=3),
 }
+
+
+def shape(question, task):
+    """The question with P, L, O, D for the task's people, places, objects and directions."""
+    kinds = (("P", TASKS[task].people), ("L", TASKS[task].places), ("O", OBJECTS), ("D", OPPOSITE))
+    for kind, names in kinds:
+        question = re.sub(rf"\b({'|'.join(names) or '-'})\b", kind, question)
+    return question
 
 
 def parse_tasks(names):
@@ -355,6 +364,7 @@ def make_sample(task, rng, n_questions=1, max_facts=1000):
     if n_questions == 1:
         questions = [rng.choice(questions)]
     else:
+        questions += askable(task, facts, rng, window=None)  # in other words, where it has some
         questions = rng.sample(questions, len(questions))
         along = [q for t in TASKS[task].along for q in askable(t, facts, rng, window=None)]
         if along:  # half of the questions are the task's own
@@ -450,7 +460,7 @@ FACTLIKE = re.compile(rf"\b({'|'.join({*PEOPLE, *GIVERS, *GUESSED})})\b"
                       rf"|\b({'|'.join({*PLACES, *TOWN})})\b.*\b({'|'.join({*PLACES, *TOWN})})\b")
 
 
-def read_sentences(path, start=0, size=2**16):
+def read_sentences(path, start=0, size=2**12):
     """Sentences of a UTF-8 text from byte `start` on, read piece by piece: a file may be of any size.
 
     A sentence ends at . ! or ? before a space and what may begin another one. The first is left
@@ -468,7 +478,7 @@ def read_sentences(path, start=0, size=2**16):
                 raise ValueError(f"{path} is not a text in UTF-8; convert it first: "
                                  f"iconv -f LATIN1 -t UTF-8") from None
             *done, rest = re.split(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]*[A-Z0-9])", rest)
-            if len(rest) > size:  # no sentence is that long
+            if len(rest) > 4 * size:  # no sentence is that long
                 done, rest = [*done, rest], ""
             yield from (" ".join(sentence.split()) for sentence in done[first:])
             first = first and not done
@@ -483,10 +493,11 @@ def book_noise(encoding, paths, shortest=10):
     Raises OSError or ValueError if a text cannot be used.
     """
     for path in paths:
-        usable = sum(len(sentence) > 4 * shortest for sentence in read_sentences(path))
-        if usable < 100:
-            raise ValueError(f"{path} has {usable} sentences of some length; noise needs at least "
-                             "100, take a longer text")
+        usable = (s for s in read_sentences(path) if len(s) > 4 * shortest)
+        found = len(list(itertools.islice(usable, 100)))
+        if found < 100:
+            raise ValueError(f"{path} has {found} sentences of some length; noise needs at least "
+                             "100: use a longer text")
 
     def sentences(rng):
         while True:

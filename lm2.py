@@ -219,11 +219,14 @@ class MemoryRead(nn.Module):
         self.output_gate = Gate(d, d) if config.output_gate else None
         self.address = nn.Parameter(torch.empty(config.memory_slots, d))
 
+    def qkv(self, x, memory):
+        """Queries of the tokens (B, T, d), keys and values of the slots (B, N, d)."""
+        slots = normed(memory)
+        return self.query(x), self.key(slots + self.address), self.value(slots)
+
     def forward(self, x, memory):
         """x (B, T, d) normed, memory (B, N, d) -> what joins the attention's output, (B, T, d)."""
-        slots = normed(memory)
-        q, k, v = self.query(x), self.key(slots + self.address), self.value(slots)
-        recalled = attend(q, k, v)                                      # eqs. 1-2   (B, T, d)
+        recalled = attend(*self.qkv(x, memory))                         # eqs. 1-2   (B, T, d)
         if self.output_gate:
             recalled = self.output_gate(recalled) * recalled                            # eq. 3
         return self.output(recalled)
@@ -245,15 +248,18 @@ class MemoryWrite(nn.Module):
         self.address = nn.Parameter(torch.empty(config.memory_slots, d))
         self.rotary = Rotary(config.block_size + 1, d, config.rope_base)
 
+    def qkv(self, x, memory):
+        """Queries of the slots (B, N, d), keys and values of the tokens (B, T + 1, d)."""
+        x = self.norm(x)
+        # keys stand where their tokens do, queries behind the last: slots can prefer the latest
+        q = self.query(normed(memory) + self.address).unsqueeze(2)                # (B, N, 1, d)
+        q, k = self.rotary(q, start=x.size(1)).squeeze(2), self.rotary(self.key(x))
+        # one more key and value, all zero, let a slot attend to nothing where nothing concerns it
+        return q, F.pad(k, (0, 0, 0, 1)), F.pad(self.value(x), (0, 0, 0, 1))
+
     def forward(self, x, memory):
         """x (B, T, d) the block's output, memory (B, N, d) -> the new memory (B, N, d)."""
-        x = self.norm(x)
-        T = x.size(1)
-        # keys stand where their tokens do, queries behind the last: slots can prefer the latest
-        q = self.rotary(self.query(normed(memory) + self.address).unsqueeze(2), T).squeeze(2)
-        k, v = self.rotary(self.key(x)), self.value(x)                               # (B, T, d)
-        # one more key and value, all zero, let a slot attend to nothing where nothing concerns it
-        candidate = attend(q, F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)))        # (B, N, d)
+        candidate = attend(*self.qkv(x, memory))                                     # (B, N, d)
         seen = torch.cat((candidate, torch.tanh(memory)), dim=-1)                    # (B, N, 2d)
         input_gate = self.input_gate(seen) if self.input_gate else 1.0                     # eq. 4
         forget_gate = self.forget_gate(seen) if self.forget_gate else 1.0                  # eq. 5

@@ -4,6 +4,7 @@ A falling loss proves nothing about a memory: most public memory transformers ca
 in the way information flows. The tests of the first part would each have caught one of them.
 """
 import csv
+import io
 import math
 import os
 import random
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 import babilong_tiny as babi
-from lm2 import LM2, LM2Config, Memory, load_checkpoint
+import sample
+from lm2 import LM2, LM2Config, Memory, attend, load_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -531,8 +533,8 @@ def test_real_babi_files_agree_with_the_solver(task):
 
 def run(*args, ok=True, **kwargs):
     """Run a script with warnings as errors; its standard output, or its one line of complaint."""
-    done = subprocess.run([sys.executable, "-W", "error", *args], cwd=HERE, text=True,
-                          capture_output=True, timeout=280, **kwargs)
+    done = subprocess.run([sys.executable, "-W", "error", *args], text=True, timeout=280,
+                          capture_output=True, **{"cwd": HERE} | kwargs)
     if ok:
         assert done.returncode == 0 and not done.stderr, done.stderr + done.stdout
         return done.stdout
@@ -597,14 +599,75 @@ def test_any_text_can_be_learned(tmp_path):
     assert text.startswith("the cat ") and "sat on the mat." in text
 
 
-def test_sample_answers_from_flags_files_and_lines(tiny, tmp_path):
-    ckpt = f"--ckpt={tiny}/ckpt.pt"
-    story = "Mary went to the kitchen. John moved to the office."
-    said = run("sample.py", ckpt, f"--story={story}", "--ask=Where is Mary?")
+def test_sample_answers_from_flags_files_pipes_lines_and_a_saved_memory(tiny, tmp_path):
+    ckpt, ask = f"--ckpt={tiny}/ckpt.pt", "--ask=Where is Mary?"
+    story = "Mary went to the kitchen. John moved to the office. " * 20
+    said = run("sample.py", ckpt, f"--story={story}", ask)
     (tmp_path / "story.txt").write_text(story)
     assert run("sample.py", ckpt, f"--story={tmp_path}/story.txt", "--ask=Where is Mary") == said
-    typed = "Mary went to the kitchen.\nJohn moved to the office\nWhere is Mary?\n"
+    typed = "Mary went to the kitchen.\n\nJohn moved to the office\n" * 20 + "Where is Mary?\n"
     assert run("sample.py", ckpt, input=typed) == said
+    memory = f"{tmp_path}/memory.pt"
+    out = run("sample.py", ckpt, "--read=-", f"--save_memory={memory}", ask, input=story)
+    assert re.match("read 240 tokens in", out) and out.endswith(said)
+    assert run("sample.py", ckpt, f"--load_memory={memory}", ask) == said
+    torch.load(memory, weights_only=True)
+
+
+def test_a_chat_has_commands_and_a_question_leaves_no_trace(tiny, tmp_path):
+    (tmp_path / "story.txt").write_text("Mary went to the kitchen. " * 15)
+    typed = f"/load {tmp_path}/story.txt\n/memory\nWhere is Mary?\n/memory\n/reset\n/memory\n/x\n"
+    out = run("sample.py", f"--ckpt={tiny}/ckpt.pt", input=typed)
+    first, second = re.findall(r"(?:^  .*\n)+", out, flags=re.M)[:2]
+    assert "read 90 tokens" in out and "block 1, slot" in first and second.startswith(first)
+    assert "nothing yet" in out and "no command /x" in out
+
+
+def test_a_text_is_read_in_pieces_as_it_would_be_at_once(tiny):
+    model, encoding = LM2.load(tiny / "ckpt.pt")
+    text = BOOK * 4 + "na\u00efve end"
+    read = list(sample.pieces(io.BytesIO(text.encode()), size=50))
+    assert "".join(read) == text and len(read) > 10
+    tokens = encoding.encode_ordinary(sample.tidy(text))
+    assert [t for piece in read for t in encoding.encode_ordinary(sample.tidy(piece))] == tokens
+    reader = sample.Reader(model)
+    for start in range(0, len(tokens), 37):
+        reader.read(tokens[start:start + 37])
+    assert len(reader.rest) < 64 and reader.count == len(tokens)
+    whole = model.generate(torch.tensor([tokens]), 70, temperature=0)[0, len(tokens):].tolist()
+    assert reader.generate([], 70, temperature=0) == whole
+    assert reader.generate([], 70, temperature=0) == whole
+
+
+def test_the_recorder_changes_nothing_and_records_what_was_computed():
+    model, tokens = random_model(), random_tokens(B=1, T=11)
+    expected = model(tokens)[0]
+    with torch.no_grad(), sample.Recorder(model) as recorder:
+        assert torch.equal(model(tokens)[0], expected)
+        assert torch.equal(model.generate(tokens, 5, temperature=0)[:, :11], tokens)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert [len(s["tokens"]) for s in recorder.segments] == [4, 4, 3, 4, 4, 4]
+    first, block = recorder.segments[0], model.blocks[0]
+    memory = model.fresh_memory(1)
+    outputs, _ = model.run_segment(tokens[:, :4], memory)
+    x = block.attention_norm(model.mixer(model.embedding(tokens[:, :4]), memory.tail)[0])
+    q, k, v = block.read.qkv(x, memory.banks[:, 0])
+    assert torch.allclose(first["read"][0].double() @ v[0], attend(q, k, v)[0], atol=1e-5)
+    assert first["write"][1].shape == (3, 4) and recorder.source[0].shape == (3, 23)
+    assert torch.allclose(recorder.source[0][:, -4:], recorder.segments[-1]["write"][0])
+
+
+def test_the_answer_is_shown_with_what_it_was_read_from(tiny, tmp_path):
+    out = run("sample.py", f"--ckpt={tiny}/ckpt.pt", "--story=" + "Mary went to the kitchen. " * 15,
+              "--ask=Where is Mary?", "--show", f"--html={tmp_path}/page.html")
+    assert "segment 2 | mean gates input" in out and "was read from" in out
+    page = (tmp_path / "page.html").read_text()
+    assert "http" not in page and "kitchen" in page and "DATA" not in page
+
+
+def test_the_study_compares_three_banks(tiny, tmp_path):
+    out = run(f"{HERE}/sample.py", f"--ckpt={tiny}/ckpt.pt", "--study", cwd=tmp_path)
+    assert out.count("bank frozen") == 2 and out.count("answer") == 2
 
 
 def test_a_question_never_seen_is_answered_with_a_hint(tiny):
@@ -687,6 +750,14 @@ def test_samples_are_printed_with_their_support_marked():
     ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--prompt=x", "--temperature=nan"], "--temperature"),
     ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--story=nowhere.txt", "--ask=x"], "nowhere.txt"),
     ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--story={tmp}", "--ask=x"], "--story"),
+    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--read={tmp}/nowhere.txt"], "nowhere.txt"),
+    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--read={tmp}/noise.bin"], "UTF-8"),
+    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--load_memory={tmp}/nowhere.pt"], "nowhere.pt"),
+    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--load_memory={tmp}/noise.bin"], "noise.bin"),
+    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--load_memory={other}"], "another model"),
+    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--read=x", "--save_memory={tmp}/short.txt"], "already"),
+    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--story=x y", "--save_memory={tmp}/no/x"], "folder"),
+    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--story=x y", "--show"], "--ask"),
     ("sample.py", ["--ckpt={shape}", "--ask=x"], "fits"),
     ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--ask=x", "--device=cuda:99"], "--device"),
     ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--story={tmp}/noise.bin", "--ask=x"], "UTF-8"),
@@ -717,9 +788,12 @@ def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path):
     other = torch.load(tiny / "ckpt.pt", weights_only=True)
     other["config"]["n_embd"] = 32
     torch.save(other, tmp_path / "shape.pt")
+    model = LM2.load(tiny / "ckpt.pt")[0]
+    torch.nn.init.normal_(model.embedding.weight)
+    sample.save_memory(sample.Reader(model), str(tmp_path / "other.pt"))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    flags = [f.format(tmp=tmp_path, tiny=tiny, cut=tmp_path / "cut", shape=tmp_path / "shape.pt")
-             for f in flags]
+    flags = [f.format(tmp=tmp_path, tiny=tiny, cut=tmp_path / "cut", shape=tmp_path / "shape.pt",
+                      other=tmp_path / "other.pt") for f in flags]
     if script == "train.py" and not any(f.startswith("--out") for f in flags):
         flags.append(f"--out={tmp_path}/out")
     assert names in run(script, *flags, ok=False)

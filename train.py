@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 
 import torch
+import torch.distributed as dist
 
 import babilong_tiny as babi
 from babilong_tiny import die, flag, parse_flags
@@ -56,7 +57,7 @@ class Flags:
     segments: int = flag(64, "segments of the longest training context")
     window: int = flag(8, "segments of a training window, with --data")
     questions: int = flag(4, "questions at the end of a training sample")
-    threshold: float = flag(0.92, "accuracy that lets the curriculum move on")
+    threshold: float = flag(0.9, "how far from chance (0) to all right (1) the curriculum moves on")
     lr: float = flag(2e-3, "AdamW learning rate (embeddings, norms, biases)")
     muon_lr: float = flag(1e-2, "Muon learning rate (matrices inside blocks)")
     weight_decay: float = flag(0.1, "decay of matrices other than the gates'")
@@ -78,6 +79,10 @@ class Flags:
 # Set-up: whatever can be wrong is found here, before anything is written
 
 flags = parse_flags(Flags, __doc__)
+# under torchrun this is one of `world` processes, each with its share of every batch
+world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+if rank:
+    sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
 path = os.path.join(flags.out, "ckpt.pt")
 checkpoint = None
 if flags.resume:
@@ -115,6 +120,11 @@ try:
 except ValueError as error:
     die(error)
 kind = device.split(":")[0]
+if world > 1:
+    if kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
 if kind == "cuda" and torch.cuda.is_bf16_supported():
     dtype, reason = torch.bfloat16, "the GPU computes it natively"
 else:
@@ -158,7 +168,7 @@ if flags.data:
 
 
 def story_batch(step, stages):
-    """(tokens, targets, task of each row); the curriculum stands at `stages` {task: segments}.
+    """(tokens, targets, task of each row); `stages` {task: segments} says where each task stands.
 
     A step's contexts are as long as one task's stage allows, and its rows are of all tasks that
     have come so far. Seven steps in ten stay with up to four segments, dense with facts; in the
@@ -168,7 +178,7 @@ def story_batch(step, stages):
     noise alone goes by.
     """
     rng = random.Random(f"{flags.seed} {step}")
-    stage = stages[rng.choice(tasks)] if len(tasks) > 1 else stages[tasks[0]]
+    stage = stages[rng.choice(tasks)]
     segments = rng.randint(min(2, stage), min(stage, 4))
     if stage > 4 and rng.random() < 0.3:
         segments = rng.randint(4, stage)
@@ -176,13 +186,13 @@ def story_batch(step, stages):
     if rng.random() < 0.7:
         length = rng.randint(min(length, max(40, length - 2 * flags.block_size)), length)
     ready = [task for task in tasks if stages[task] >= segments]
-    rows = max(1, min(flags.batch_size, flags.batch_tokens // length))
+    rows = max(1, min(flags.batch_size, flags.batch_tokens // length) // world) * world
     pairs, names, tries = [], [], 0
     while len(pairs) < rows:
         tries += 1
         if tries > 100000:
             die("stories do not fit into so short a context; use a larger --block_size")
-        task = rng.choice(ready) if len(ready) > 1 else ready[0]
+        task = rng.choice(ready)
         stage = stages[task]
         most = 4 * max(1, stage - 1) if stage < 4 else 1000  # facts in a story
         sample = babi.make_sample(task, rng, flags.questions, min(most, max(4, length // 8)))
@@ -198,7 +208,7 @@ def story_batch(step, stages):
 def text_batch(step):
     """(tokens, targets, no tasks) of random windows of the text; targets are the next tokens."""
     rng = random.Random(f"{flags.seed} {step}")
-    rows = max(1, min(flags.batch_size, flags.batch_tokens // window))
+    rows = max(1, min(flags.batch_size, flags.batch_tokens // window) // world) * world
     starts = [rng.randrange(split - window) for _ in range(rows)]
     return (torch.stack([ids[i:i + window] for i in starts]),
             torch.stack([ids[i + 1:i + window + 1] for i in starts]), [])
@@ -226,6 +236,22 @@ try:
 except (RuntimeError, MemoryError):
     die("this model does not fit into the machine's memory; make it smaller")
 optimizers = model.optimizer(flags.lr, flags.muon_lr, flags.weight_decay)
+
+
+class Loss(torch.nn.Module):
+    """The model's logits and loss without its memory, which has no gradient when a step ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, targets, span):
+        return self.model(tokens, targets, last=span, scored_only=True)[:2]
+
+
+compute = Loss()
+if world > 1:  # averages the gradients of all processes
+    compute = torch.nn.parallel.DistributedDataParallel(compute, find_unused_parameters=True)
 rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 # where the run stands; for each task, `stage` is the longest context, `running` the mean accuracy
 state = {"step": 0, "stage": dict.fromkeys(tasks, 1), "running": dict.fromkeys(tasks, 0.0),
@@ -253,6 +279,8 @@ def rate(step):
 
 def save():
     """Write the checkpoint to the side and move it into place: a crash leaves the old one whole."""
+    if rank:
+        return
     data = {"config": asdict(config), "model": model.state_dict(),
             "tokenizer": {"pattern": encoding._pat_str,
                           "tokens": [encoding.decode_single_token_bytes(i).decode("latin-1")
@@ -302,9 +330,9 @@ print(f"model: {n_params:,} parameters, vocabulary {config.vocab_size}, memory {
 print(f"{flags.data or flags.task}: {flags.steps} steps, contexts of up to "
       f"{flags.window if flags.data else flags.segments} segments of {flags.block_size} tokens")
 
-log_path = os.path.join(flags.out, "log.csv")
-columns = ["step", *(f"{task}_stage" for task in tasks), *tasks, "loss", "accuracy", "bits_per_byte", "tokens_per_second",
-           "input_gate", "forget_gate", "output_gate", "seconds"]
+log_path = os.devnull if rank else os.path.join(flags.out, "log.csv")
+columns = ["step", "loss", "accuracy", "bits_per_byte", "tokens_per_second", "input_gate",
+           "forget_gate", "output_gate", "seconds", *tasks, *(f"{task}_stage" for task in tasks)]
 rows = []
 if checkpoint and os.path.exists(log_path):  # drop what a crash left behind the checkpoint
     try:
@@ -320,22 +348,42 @@ with open(log_path, "w", newline="") as file:
 stop = []
 signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: end after this step
 meter = GateMeter(model)
-losses, right, asked, n_tokens, clock = [], Counter(), Counter(), 0, time.time()
+losses, right, asked, n_tokens, clock, stopped = [], Counter(), Counter(), 0, time.time(), 0
 live = sys.stdout.isatty()  # on a terminal the log line is rewritten in place
 
-while state["step"] < flags.steps and not stop:
+while state["step"] < flags.steps and not stopped:
     step = state["step"]
     tokens, targets, names = text_batch(step) if flags.data else story_batch(step, state["stage"])
     span = tokens.size(1) if flags.data else babi.answer_span(targets)
-    tokens, targets = tokens.to(device), targets.to(device)
+    n_tokens += tokens.numel()
+    n_scored = (targets >= 0).sum()
+    tokens, targets = tokens[rank::world].to(device), targets[rank::world].to(device)
     for optimizer, base in zip(optimizers, rates):
         for group, lr in zip(optimizer.param_groups, base):
             group["lr"] = lr * rate(step)
     with autocast:
-        logits, loss, _ = model(tokens, targets, last=span, scored_only=True)
-    losses.append(loss.item())
-    if not math.isfinite(losses[-1]):
-        print(f"\nstep {step}: the loss is {losses[-1]}. Stopped; the checkpoint from before, "
+        logits, loss = compute(tokens, targets, span)
+    targets = targets[:, -span:]
+    scored = targets >= 0
+    loss = loss * scored.sum() * world / n_scored  # all processes' mean is that of the whole batch
+
+    # what all processes must agree on: whether to stop, the loss, and each task's right answers
+    sums = torch.zeros(2 + 2 * len(tasks), device=device)
+    sums[0], sums[1] = len(stop), loss.detach() / world
+    if not flags.data:
+        begins = scored & (targets.roll(1, dims=1) < 0)              # first tokens of the answers
+        hit = torch.zeros_like(scored)
+        hit[scored] = logits.argmax(-1) == targets[scored]
+        index = 2 + 2 * torch.tensor([tasks.index(name) for name in names[rank::world]],
+                                     device=device)
+        sums.index_add_(0, index, (hit & begins).sum(1).float())
+        sums.index_add_(0, index + 1, begins.sum(1).float())
+    if world > 1:
+        dist.all_reduce(sums)
+    stopped, mean_loss, *counts = sums.tolist()
+    losses.append(mean_loss)
+    if not math.isfinite(mean_loss):
+        print(f"\nstep {step}: the loss is {mean_loss}. Stopped; the checkpoint from before, "
               "if there is one, is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
         sys.exit(1)
     loss.backward()
@@ -345,26 +393,19 @@ while state["step"] < flags.steps and not stop:
         optimizer.zero_grad()
 
     state["step"] += 1
-    n_tokens += tokens.numel()
-    if not flags.data:
-        scored = targets >= 0
-        begins = scored & (targets.roll(1, dims=1) < 0)              # first tokens of the answers
-        hit = torch.zeros_like(scored)
-        hit[scored] = logits.argmax(-1) == targets[scored]
-        hit, begins = (hit & begins).sum(1).tolist(), begins.sum(1).tolist()
-        for task in dict.fromkeys(names):
-            rows = [i for i, name in enumerate(names) if name == task]
-            n_right, n_asked = sum(hit[i] for i in rows), sum(begins[i] for i in rows)
+    for task, n_right, n_asked in zip(tasks, counts[::2], counts[1::2]):
+        if n_asked:
             right[task] += n_right
             asked[task] += n_asked
-            share = min(0.1, 0.03 * len(tasks) * len(rows) / len(names))
+            share = min(0.1, 0.03 * len(tasks) * names.count(task) / len(names))
             state["running"][task] += share * (n_right / n_asked - state["running"][task])
-            stage = state["stage"][task]
-            if state["running"][task] > flags.threshold and stage < flags.segments:
+            stage, chance = state["stage"][task], 1 / babi.TASKS[task].n_answers
+            if (state["running"][task] - chance > flags.threshold * (1 - chance)
+                    and stage < flags.segments):
                 state["stage"][task] = min(flags.segments, stage + max(1, stage // 2))
                 state["running"][task] = 0.0
 
-    last = state["step"] == flags.steps or stop
+    last = state["step"] == flags.steps or stopped
     if state["step"] % flags.log_every == 0 or last:
         seconds = time.time() - clock
         state["seconds"] += seconds
@@ -399,10 +440,14 @@ while state["step"] < flags.steps and not stop:
         save()
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-if stop:
+if dist.is_initialized():
+    dist.destroy_process_group()
+if stopped:
     save()
     print(f"stopped after step {state['step']}; go on with: "
           f"python train.py --resume --out={flags.out}")
+    sys.exit(0)
+if rank:
     sys.exit(0)
 
 # --------------------------------------------------------------------------------------------
