@@ -319,8 +319,8 @@ th { font-weight: normal; text-align: right; padding-right: .4em; white-space: p
 thead th { text-align: center; padding: 0 } td:hover { outline: 2px solid #000 }
 </style>
 <h1>What the memory did</h1>
-<p>Rows are the tokens of a segment, columns the slots of a block's bank. Darker is more; point at or
-touch a cell for its number.</p>
+<p>Rows are the tokens of a segment, columns the slots of a block's bank. Darker is more; point at
+or touch a cell for its number.</p>
 <div id="controls">
 <label>segment <input id="segment" type="range" min="0" value="0"></label> <b id="where"></b>
 <label>block <select id="block"></select></label>
@@ -380,7 +380,8 @@ def write_html(encoding, recorder, path):
     digits = "0123456789abcdefghijklmnopqrstuvwxyz"
 
     def columns(weights):  # (T, N) -> for each slot a string, a digit to base 36 for each token
-        return ["".join(digits[min(35, round(35 * w))] for w in slot) for slot in weights.T.tolist()]
+        return ["".join(digits[min(35, round(35 * w))] for w in slot)
+                for slot in weights.T.tolist()]
 
     data = []
     for segment in recorder.segments:
@@ -441,12 +442,12 @@ def study(model, encoding, picture="study.png"):
                 start = 0 if where is first else size
                 length = len(encoding.encode_ordinary(f" {text}"))
                 start += len(encoding.encode_ordinary(f" {old}")) if text == other else 0
-                inside = traced[start:start + length] if start + length <= len(traced) else traced[:0]
-                shares[question, bank, fact] = float(inside.sum())
+                shares[question, bank, fact] = float(traced[start:start + length].sum())
     for question in questions:
         print(f"\n{question:32}" + "".join(f"{bank:>19}" for bank in banks))
         for fact in facts:
-            print(f"  {fact:30}" + "".join(f"{shares[question, bank, fact]:19.2f}" for bank in banks))
+            row = [shares[question, bank, fact] for bank in banks]
+            print(f"  {fact:30}" + "".join(f"{share:19.2f}" for share in row))
         print(f"  {'answer':30}" + "".join(f"{answers[question, bank]:>19}" for bank in banks))
     print("\nshare of what the question's last token read that goes back to each fact")
     try:
@@ -459,8 +460,8 @@ def study(model, encoding, picture="study.png"):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
     for axis, question in zip(axes, questions):
         for i, (bank, hatch) in enumerate(zip(banks, ("", "//", ".."))):
-            axis.bar([x + 0.27 * i for x in range(3)],
-                     [shares[question, bank, fact] for fact in facts], 0.25, label=bank, hatch=hatch)
+            heights = [shares[question, bank, fact] for fact in facts]
+            axis.bar([x + 0.27 * i for x in range(3)], heights, 0.25, label=bank, hatch=hatch)
         axis.set(title=question, ylim=(0, 1), xticks=[0.27, 1.27, 2.27])
         axis.set_xticklabels([fact.replace(" the ", " the\n") for fact in facts])
     axes[0].set_ylabel("share of the read attention")
@@ -567,8 +568,8 @@ def show_memory(encoding, recorder):
             held = [at for at in row.topk(min(2, len(row))).indices.tolist() if row[at] > 0.1]
             if held:
                 lines += 1
-                print(f"  block {i + 1}, slot {slot:2}: "
-                      + " | ".join(f"{phrase(encoding, tokens, at)} ({row[at]:.2f})" for at in held))
+                words = [f"{phrase(encoding, tokens, at)} ({row[at]:.2f})" for at in held]
+                print(f"  block {i + 1}, slot {slot:2}: {' | '.join(words)}")
     if not lines:
         print("  nothing yet: a bank is written when a segment is full")
 
@@ -604,7 +605,8 @@ def chat(reader, encoding, tasks, clean):
                 try:
                     print(read_stream(reader, encoding, rest.strip(), clean))
                 except (OSError, UnicodeDecodeError) as error:
-                    print(f"error: {rest.strip()}: {getattr(error, 'strerror', None) or 'not UTF-8'}")
+                    reason = getattr(error, "strerror", None) or "not a text in UTF-8"
+                    print(f"error: {rest.strip()}: {reason}")
             elif command.startswith("/"):
                 print(f"error: no command {command}; /help lists them")
             elif line.endswith("?") and line.strip("? "):

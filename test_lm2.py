@@ -575,6 +575,22 @@ def test_resuming_is_exact(tiny, tmp_path):
         assert [row["step"] for row in csv.DictReader(file)] == ["5", "10"]
 
 
+def test_two_processes_learn_what_one_does_with_the_whole_batch(tmp_path):
+    flags = [*TINY, "--task=qa1,qa7", "--steps=20", "--threshold=0.01", "--eval_samples=2"]
+    run("train.py", *flags, f"--out={tmp_path}/one")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", "train.py", *flags, f"--out={tmp_path}/two"],
+                          cwd=HERE, text=True, capture_output=True, timeout=280,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = (list(csv.DictReader(open(tmp_path / name / "log.csv"))) for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        assert a["qa1_stage"] == b["qa1_stage"]
+        assert abs(float(a["loss"]) - float(b["loss"])) < 2e-3
+    assert LM2.load(tmp_path / "two" / "ckpt.pt")
+
+
 def test_a_checkpoint_is_plain_data_and_loads_with_its_tokenizer(tiny):
     torch.load(tiny / "ckpt.pt", weights_only=True)
     model, encoding = LM2.load(tiny / "ckpt.pt")
@@ -681,7 +697,8 @@ def test_several_tasks_are_learned_and_scored_together(tiny, tmp_path, book):
     out = run("train.py", *TINY, "--task=qa1,qa8", f"--noise={book}", "--steps=10",
               f"--out={tmp_path}/o")
     assert "qa1 1:0." in out and "memory_qa8: " in out
-    assert {"qa1", "qa8_stage"} <= set(open(tmp_path / "o" / "log.csv").readline().strip().split(","))
+    with open(tmp_path / "o" / "log.csv") as file:
+        assert {"qa1", "qa8_stage"} <= set(file.readline().strip().split(","))
     out = run("babilong_tiny.py", f"--ckpt={tmp_path}/o/ckpt.pt", "--lengths=0,1k", "--samples=5,3",
               f"--noise={book}")
     assert re.search(r"qa8 +0\.\d{3} ±0\.\d{3} ", out) and "last mentioned" in out
@@ -755,7 +772,8 @@ def test_samples_are_printed_with_their_support_marked():
     ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--load_memory={tmp}/nowhere.pt"], "nowhere.pt"),
     ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--load_memory={tmp}/noise.bin"], "noise.bin"),
     ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--load_memory={other}"], "another model"),
-    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--read=x", "--save_memory={tmp}/short.txt"], "already"),
+    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--story=x y", "--save_memory={tmp}/short.txt"],
+     "already"),
     ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--story=x y", "--save_memory={tmp}/no/x"], "folder"),
     ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--story=x y", "--show"], "--ask"),
     ("sample.py", ["--ckpt={shape}", "--ask=x"], "fits"),

@@ -250,8 +250,9 @@ class Loss(torch.nn.Module):
 
 
 compute = Loss()
-if world > 1:  # averages the gradients of all processes
-    compute = torch.nn.parallel.DistributedDataParallel(compute, find_unused_parameters=True)
+if world > 1:  # averages the gradients of all processes; in a single segment no write is used
+    compute = torch.nn.parallel.DistributedDataParallel(
+        compute, find_unused_parameters=not flags.data or flags.window == 1)
 rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 # where the run stands; for each task, `stage` is the longest context, `running` the mean accuracy
 state = {"step": 0, "stage": dict.fromkeys(tasks, 1), "running": dict.fromkeys(tasks, 0.0),
@@ -315,9 +316,9 @@ class GateMeter:
 
 try:
     os.makedirs(flags.out, exist_ok=True)
-    with open(os.path.join(flags.out, ".writable"), "w"):
+    with open(os.path.join(flags.out, f".writable{rank}"), "w"):
         pass
-    os.remove(os.path.join(flags.out, ".writable"))
+    os.remove(os.path.join(flags.out, f".writable{rank}"))
 except OSError as error:
     die(f"--out={flags.out}: cannot write there ({error.strerror})")
 
@@ -433,8 +434,9 @@ while state["step"] < flags.steps and not stopped:
         print(("\r\033[K" if live else "") + line, end="" if live and not last else "\n",
               flush=True)
         if len(tasks) > 1 and not flags.data:
-            print("\n    " if live else "    ", " ".join(f"{task} {state['stage'][task]}:{value:.2f}"
-                  for task, value in accuracy.items()), flush=True)
+            print("\n" * live + "    stage and accuracy:", " ".join(
+                f"{task} {state['stage'][task]}:{value:.2f}" for task, value in accuracy.items()),
+                  flush=True)
         losses, right, asked, n_tokens, clock = [], Counter(), Counter(), 0, time.time()
     if state["step"] % flags.save_every == 0 or last:
         save()
