@@ -459,6 +459,9 @@ FACTLIKE = re.compile(rf"\b({'|'.join({*PEOPLE, *GIVERS, *GUESSED})})\b"
                       rf"|\b({'|'.join({*PLACES, *TOWN})})\b.*\b({'|'.join({*PLACES, *TOWN})})\b")
 
 
+SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))\s+(?=[\"'“‘(]*[A-Z0-9])")
+
+
 def read_sentences(path, start=0, size=2**12):
     """Sentences of a UTF-8 text from byte `start` on; a file of any size is read in pieces.
 
@@ -476,7 +479,7 @@ def read_sentences(path, start=0, size=2**12):
             except UnicodeDecodeError:
                 raise ValueError(f"{path} is not a text in UTF-8; convert it first: "
                                  f"iconv -f LATIN1 -t UTF-8") from None
-            *done, rest = re.split(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]*[A-Z0-9])", rest)
+            *done, rest = SENTENCE_END.split(rest)
             if len(rest) > 4 * size:  # no sentence is that long
                 done, rest = [*done, rest], ""
             yield from (" ".join(sentence.split()) for sentence in done[first:])
@@ -491,30 +494,31 @@ def book_noise(encoding, paths, shortest=10):
     reader could take for facts: they name one of the people, or two of the places.
     Raises OSError or ValueError if a text cannot be used.
     """
+    def usable(path, start=0):
+        for sentence in read_sentences(path, start):
+            if not FACTLIKE.search(sentence):
+                tokens = encoding.encode_ordinary(f" {sentence}")
+                if len(tokens) >= shortest:
+                    yield tokens
+
     for path in paths:
-        usable = (s for s in read_sentences(path) if len(s) > 4 * shortest)
-        found = len(list(itertools.islice(usable, 100)))
+        found = len(list(itertools.islice(usable(path), 100)))
         if found < 100:
-            raise ValueError(f"{path} has {found} sentences of some length; noise needs at least "
-                             "100: use a longer text")
+            raise ValueError(f"{path} has {found} sentences that can be noise, and must have 100: "
+                             "use a longer text")
 
     def sentences(rng):
         while True:
             path = rng.choice(paths)
-            for sentence in read_sentences(path, rng.randrange(os.path.getsize(path))):
-                if not FACTLIKE.search(sentence):
-                    tokens = encoding.encode_ordinary(f" {sentence}")
-                    if len(tokens) >= shortest:
-                        yield tokens
+            yield from usable(path, rng.randrange(os.path.getsize(path)))
     return sentences
 
 
 def hide(facts, length, noise, rng, facts_in=(0.0, 1.0)):
     """Hide facts (lists of tokens) in noise, as BABILong does: exactly `length` tokens.
 
-    Noise runs in natural order from a random sentence, its last sentence cut to fit; none is
-    skipped for being short, as BABILong does with books. Facts keep their order, never split a
-    sentence and lie within the part `facts_in` of the context.
+    Noise runs in natural order from a random sentence, its last sentence cut to fit. Facts keep
+    their order, never split a sentence and lie within the part `facts_in` of the context.
     Raises ValueError if they do not fit there.
     """
     fact_length = sum(map(len, facts))
@@ -705,7 +709,7 @@ def shortcuts(task, samples):
                       L?" yes if L is the place named last; to "How many?" one
     """
     answers = [sample.questions[0].answer for sample in samples] or [""]
-    right = 0
+    right, n = 0, len(samples) or float("nan")
     for sample, answer in zip(samples, answers):
         words = re.findall(r"\w+", " ".join(sample.facts))[::-1]
         asked = re.findall(r"\w+", sample.questions[0].text)
@@ -720,8 +724,8 @@ def shortcuts(task, samples):
             guess = next((word for word in words if word in names and word not in asked), "")
         right += guess == answer
     return {"chance": 1 / TASKS[task].n_answers,
-            "best constant": max(map(answers.count, set(answers))) / len(answers),
-            "last mentioned": right / len(answers)}
+            "best constant": max(map(answers.count, set(answers))) / n,
+            "last mentioned": right / n}
 
 
 @torch.no_grad()
@@ -929,7 +933,7 @@ def print_samples(flags):
         text = encoding.decode(tokens)
         print(f"--- {flags.task}, sample {number}: {len(tokens)} tokens, {len(sample.facts)} facts")
         support = [sample.facts[i] for i in question.support]
-        for sentence in re.findall(r"[^.?]*[.?]|[^.?]+$", text[:text.rindex(question.text)]):
+        for sentence in re.findall(r"[^.?!]*[.?!]|[^.?!]+$", text[:text.rindex(question.text)]):
             mark = ">>" if sentence.strip() in support else \
                 " >" if sentence.strip() in sample.facts else "  "
             print(mark, sentence.strip())
@@ -972,10 +976,14 @@ def print_scores(flags):
     except (KeyError, TypeError):
         die(f"{flags.ckpt} does not say what it was trained on; name the --tasks")
     path = flags.csv or os.path.join(os.path.dirname(flags.ckpt), "babilong.csv")
+    if os.path.exists(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        die(f"--csv={path}: " + ("is there already; remove it or choose another name"
+                                 if os.path.exists(path) else "no such folder"))
     counts = flags.samples + (flags.samples[-1],) * len(flags.lengths)
     noise = load_noise(flags.noise, encoding, f"score {flags.seed}")
-    rng, samples = random.Random(f"score {flags.seed}"), {}
+    samples = {}
     for task in tasks:
+        rng = random.Random(f"score {flags.seed} {task}")
         if flags.babi_dir:
             samples[task] = load_babi(flags.babi_dir, task)
             rng.shuffle(samples[task])

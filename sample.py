@@ -12,7 +12,9 @@
 A text is read segment by segment; what the model knows of it is its memory, which does not grow.
 """
 import codecs
+import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -89,7 +91,8 @@ class Reader:
 def pieces(file, size=2**16):
     """The text of a binary file in pieces that end before a space. UnicodeDecodeError if it is
     not UTF-8. However long the file, only one piece is held."""
-    decode, rest = codecs.getincrementaldecoder("utf-8")().decode, ""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    decode, rest = io.IncrementalNewlineDecoder(decoder, translate=True).decode, ""
     while chunk := file.read(size):
         rest += decode(chunk)
         cut = len(rest) if len(rest) > 16 * size else max(rest.rfind(" "), rest.rfind("\n"), 0)
@@ -102,11 +105,10 @@ def pieces(file, size=2**16):
 
 def read_stream(reader, encoding, name, clean):
     """Let the reader read a file, or standard input for "-"; progress goes to a terminal."""
-    file = sys.stdin.buffer if name == "-" else open(name, "rb")
     size = 0 if name == "-" else os.path.getsize(name)
     start = shown = time.time()
     done, before = 0, reader.count
-    with file:
+    with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
         for text in pieces(file):
             reader.read(encoding.encode_ordinary(clean(text)))
             done += len(text.encode())
@@ -160,8 +162,8 @@ def load_memory(model, path):
 class Recorder:
     """Watches a model read and write its banks, document by document; changes nothing.
 
-    `segments` gets a dictionary for each segment (the last `keep` of them), with "tokens" (T)
-    and, as a list over blocks with memory,
+    `segments` gets a dictionary for each segment (the last `keep` of them), with its "number",
+    "tokens" (T) and, as a list over blocks with memory,
         "read"    (T, N)  attention of its tokens to the slots, as they were before it
         "again"   (T, N)  attention of the same tokens to the slots as they are after it
         "joined"  (T)     length of what so came to each token
@@ -187,11 +189,11 @@ class Recorder:
     def forget(self):
         """Begin a new document."""
         slots = self.model.config.memory_slots
-        self.segments = deque(maxlen=self.keep)
+        self.segments, self.count = deque(maxlen=self.keep), 0
         self.source = [torch.zeros(slots, 0) for _ in self.blocks]
-        self.start_segment()
 
     def watch(self):
+        self.start_segment()
         self.hooks = [self.model.embedding.register_forward_hook(self.saw_tokens)]
         for i, block in enumerate(self.blocks):
             self.hooks += [block.read.register_forward_hook(self.saw_read(i)),
@@ -244,13 +246,15 @@ class Recorder:
         return hook
 
     def end_segment(self):
-        self.before = self.source
-        limit = self.keep * self.model.config.block_size
-        self.source = [torch.cat((source * found["forget"][:, None], found["write"]), 1)[:, -limit:]
-                       for source, found in zip(self.source, self.found)]
         kept = ("read", "again", "joined", "write", "input", "forget", "output")
-        self.segments.append({"tokens": self.tokens}
+        self.count += 1
+        self.segments.append({"number": self.count, "tokens": self.tokens}
                              | {name: [found[name] for found in self.found] for name in kept})
+        n_kept, n_new = len(self.text()), len(self.tokens)  # the oldest segment may be gone
+        self.before = [source[:, max(0, source.size(1) + n_new - n_kept):]
+                       for source in self.source]
+        self.source = [torch.cat((source * found["forget"][:, None], found["write"]), dim=1)
+                       for source, found in zip(self.before, self.found)]
         self.start_segment()
 
     def text(self):
@@ -278,7 +282,7 @@ def show(encoding, recorder):
     """Print the segments, tokens marked by how strongly a slot wrote them, and the last read."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shades = (None, 254, 153, 117, 75, 33)  # light to dark: told apart without colour vision
-    for number, segment in enumerate(recorder.segments, 1):
+    for segment in recorder.segments:
         strength = torch.stack(segment["write"]).amax(dim=(0, 1)).tolist()
         line = ""
         for token, s in zip(segment["tokens"], strength):
@@ -291,7 +295,7 @@ def show(encoding, recorder):
             line += text
         gates = " ".join(f"{name} {torch.stack(segment[name]).mean():.2f}"
                          for name in ("input", "forget", "output"))
-        print(f"segment {number} | mean gates {gates}\n {line.strip()}")
+        print(f"segment {segment['number']} | mean gates {gates}\n {line.strip()}")
     last = recorder.segments[-1]
     tokens = recorder.text()
     print("\nthe answer was read from (block, slot, attention, what the slot holds)")
@@ -338,14 +342,14 @@ function shade(v) {  // one hue, light to dark: told apart without colour vision
 }
 function draw() {
   const s = data[$("segment").value], b = +$("block").value, block = s.blocks[b];
-  $("where").textContent = `${+$("segment").value + 1} of ${data.length}`;
+  $("where").textContent = `${s.number} of ${data[data.length - 1].number}`;
   $("gates").textContent = "mean gates: " + block.gates;
   $("value").textContent = "";
   $("maps").replaceChildren(...Object.entries(names).map(([kind, title]) => {
     const box = document.createElement("div"), table = document.createElement("table");
     const heading = document.createElement("h2");
     heading.textContent = title;
-    const head = table.createTHead().insertRow();
+    const head = table.createTHead().insertRow(), body = table.createTBody();
     head.append(document.createElement("th"));
     block[kind].forEach((_, slot) => {
       const cell = document.createElement("th");
@@ -353,7 +357,7 @@ function draw() {
       head.append(cell);
     });
     s.tokens.forEach((token, t) => {
-      const row = table.insertRow(), label = document.createElement("th");
+      const row = body.insertRow(), label = document.createElement("th");
       label.textContent = token;
       row.append(label);
       block[kind].forEach((column, slot) => {
@@ -390,7 +394,8 @@ def write_html(encoding, recorder, path):
                    "gates": ", ".join(f"{name} {segment[name][i].mean():.2f}"
                                       for name in ("input", "forget", "output"))}
                   for i in range(len(recorder.blocks))]
-        data.append({"tokens": [encoding.decode([t]) for t in segment["tokens"]], "blocks": blocks})
+        data.append({"number": segment["number"], "blocks": blocks,
+                     "tokens": [encoding.decode([t]) for t in segment["tokens"]]})
     text = json.dumps(data).replace("<", "\\u003c")
     with open(path, "w", encoding="utf-8") as file:
         file.write(PAGE.replace("DATA", text, 1))
@@ -399,7 +404,7 @@ def write_html(encoding, recorder, path):
 # --------------------------------------------------------------------------------------------
 # The paper's study (its Figure 6) in miniature
 
-def study(model, encoding, picture="study.png"):
+def study(model, encoding, picture):
     """What the "?" of a question reads before and after an update of the bank, and without one.
 
     Segment 1 tells where Mary and John are, segment 2 that Mary moved; the rest is noise. In the
@@ -435,7 +440,7 @@ def study(model, encoding, picture="study.png"):
                         recorder.source = recorder.before
                 prompt = third[:size - len(asked)] + asked
                 model(torch.tensor([prompt], device=model.device), memory=reader.memory)
-                tokens, traced = recorder.text(), recorder.traced()
+                traced = recorder.traced()
                 answers[question, bank] = encoding.decode(
                     reader.generate(prompt, 2, temperature=0)).split(".")[0].strip()
             for fact, (where, text) in facts.items():
@@ -466,7 +471,10 @@ def study(model, encoding, picture="study.png"):
         axis.set_xticklabels([fact.replace(" the ", " the\n") for fact in facts])
     axes[0].set_ylabel("share of the read attention")
     axes[0].legend()
-    figure.savefig(picture, dpi=130)
+    try:
+        figure.savefig(picture, dpi=130)
+    except OSError as error:
+        die(f"{picture}: {error.strerror}")
     print(f"picture: {picture}")
 
 
@@ -482,7 +490,8 @@ def bench(model, encoding, n_read=1_000_000, n_generate=4096):
     noise, reader, times = babi.make_noise(encoding, 0)(random.Random(0)), Reader(model), []
 
     def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
     def read_to(count):
         while reader.count < count:
@@ -527,8 +536,9 @@ def hint(encoding, tasks, text):
     """A line on what the model cannot know: words, or a question's form; "" if there is nothing."""
     words = set(re.findall(r"[A-Za-z]+", text))
     unknown = sorted(word for word in words if len(encoding.encode_ordinary(f" {word}")) > 1)
-    if unknown:
-        return f"the model never saw the words: {', '.join(unknown)}"
+    if unknown and tasks:
+        return f"not among the words of the model's stories: {', '.join(unknown)}"
+    tasks = [name for task in tasks for name in (task, *babi.TASKS[task].along)]
     known = {babi.shape(example, task) for task in tasks for example in babi.TASKS[task].examples}
     if text.endswith("?") and tasks and not any(babi.shape(text, task) in known for task in tasks):
         return "the model never saw such a question; it learned " + ", ".join(dict.fromkeys(
@@ -539,16 +549,24 @@ def hint(encoding, tasks, text):
 def reply(reader, encoding, tasks, question, recorder=None, flags=None):
     """Print the answer, and a hint where there is one. A question may come without its mark."""
     question = question.strip().rstrip("?").rstrip() + "?"
+    if recorder:
+        recorder.__exit__()  # what is generated leaves no trace
     said = answer(reader, encoding, question)
-    if recorder:  # once more in one piece, for the record
+    print(said)
+    if recorder and flags:  # once more in one piece, for the record
+        recorder.watch()
         tokens = reader.rest + encoding.encode_ordinary(tidy(question))
         reader.model(torch.tensor([tokens], device=reader.model.device), memory=reader.memory)
         if flags.show:
             show(encoding, recorder)
         if flags.html:
-            write_html(encoding, recorder, flags.html)
+            try:
+                write_html(encoding, recorder, flags.html)
+            except OSError as error:
+                die(f"--html={flags.html}: {error.strerror}")
             print(f"page: {flags.html}")
-    print(said)
+    elif recorder:
+        recorder.watch()
     if note := hint(encoding, tasks, question):
         print(f"hint: {note}", file=sys.stderr)
 
@@ -571,15 +589,15 @@ def show_memory(encoding, recorder):
                 words = [f"{phrase(encoding, tokens, at)} ({row[at]:.2f})" for at in held]
                 print(f"  block {i + 1}, slot {slot:2}: {' | '.join(words)}")
     if not lines:
-        print("  nothing yet: a bank is written when a segment is full")
+        print("  nothing to trace: a bank is written when a segment is full")
 
 
-def chat(reader, encoding, tasks, clean):
+def chat(reader, encoding, tasks, clean, recorder):
     """Facts, questions and commands, line by line, until the end of the input."""
     terminal = sys.stdin.isatty()
     if terminal:
         print("Type facts and questions, or /help.")
-    with torch.no_grad(), Recorder(reader.model) as recorder:
+    with torch.no_grad():
         while True:
             try:
                 line = input("> " if terminal else "").strip()
@@ -602,17 +620,17 @@ def chat(reader, encoding, tasks, clean):
                 reader.__init__(reader.model)
                 recorder.forget()
             elif command == "/load":
+                before = reader.memory, list(reader.rest), reader.count
                 try:
                     print(read_stream(reader, encoding, rest.strip(), clean))
                 except (OSError, UnicodeDecodeError) as error:
+                    reader.memory, reader.rest, reader.count = before
                     reason = getattr(error, "strerror", None) or "not a text in UTF-8"
                     print(f"error: {rest.strip()}: {reason}")
             elif command.startswith("/"):
                 print(f"error: no command {command}; /help lists them")
             elif line.endswith("?") and line.strip("? "):
-                recorder.__exit__()  # a question leaves no trace
-                reply(reader, encoding, tasks, line)
-                recorder.watch()
+                reply(reader, encoding, tasks, line, recorder)
             elif line.strip("? "):
                 line += "" if line.endswith((".", "!")) else "."
                 reader.read(encoding.encode_ordinary(tidy(line)))
@@ -663,17 +681,18 @@ def main():
         bench(model, encoding)
         return
     if flags.study:
-        study(model, encoding)
+        study(model, encoding, os.path.join(os.path.dirname(flags.ckpt), "study.png"))
         return
-    recorder = Recorder(model).__enter__() if flags.show or flags.html else None
+    asks = flags.prompt is None and flags.ask is None and not flags.save_memory
+    recorder = Recorder(model).__enter__() if flags.show or flags.html or asks else None
     for name, given in (("story", story if os.path.exists(story) else ""), ("read", flags.read)):
         try:
             if given:
                 note = read_stream(reader, encoding, given, clean)
                 if name == "read":
                     print(note)
-        except (OSError, UnicodeDecodeError):
-            die(f"--{name}={given}: not a file of text in UTF-8")
+        except (OSError, UnicodeDecodeError) as error:
+            die(f"--{name}={given}: {getattr(error, 'strerror', None) or 'not a text in UTF-8'}")
     if story and not os.path.exists(story):
         reader.read(encoding.encode_ordinary(clean(story)))
     if flags.save_memory:
@@ -688,9 +707,12 @@ def main():
     elif flags.ask is not None:
         with torch.no_grad():
             reply(reader, encoding, tasks, flags.ask, recorder, flags)
-    elif not flags.save_memory:
-        chat(reader, encoding, tasks, clean)
+    elif asks:
+        chat(reader, encoding, tasks, clean, recorder)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

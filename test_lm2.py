@@ -5,6 +5,7 @@ in the way information flows. The tests of the first part would each have caught
 """
 import csv
 import io
+import json
 import math
 import os
 import random
@@ -636,7 +637,7 @@ def test_a_chat_has_commands_and_a_question_leaves_no_trace(tiny, tmp_path):
     out = run("sample.py", f"--ckpt={tiny}/ckpt.pt", input=typed)
     first, second = re.findall(r"(?:^  .*\n)+", out, flags=re.M)[:2]
     assert "read 90 tokens" in out and "block 1, slot" in first and second.startswith(first)
-    assert "nothing yet" in out and "no command /x" in out
+    assert "nothing to trace" in out and "no command /x" in out
 
 
 def test_a_text_is_read_in_pieces_as_it_would_be_at_once(tiny):
@@ -673,12 +674,29 @@ def test_the_recorder_changes_nothing_and_records_what_was_computed():
     assert torch.allclose(recorder.source[0][:, -4:], recorder.segments[-1]["write"][0])
 
 
+def test_what_the_recorder_traces_stays_in_step_with_the_segments_it_keeps():
+    model, tokens = random_model(), random_tokens(B=1, T=38)
+    with torch.no_grad(), sample.Recorder(model, keep=3) as recorder:
+        model(tokens)
+    assert [s["number"] for s in recorder.segments] == [8, 9, 10]
+    assert recorder.text() == tokens[0, 28:].tolist() and recorder.source[0].shape == (3, 10)
+    assert recorder.before[0].shape == (3, 8) and len(recorder.traced()) == 8
+
+
 def test_the_answer_is_shown_with_what_it_was_read_from(tiny, tmp_path):
     out = run("sample.py", f"--ckpt={tiny}/ckpt.pt", "--story=" + "Mary went to the kitchen. " * 15,
               "--ask=Where is Mary?", "--show", f"--html={tmp_path}/page.html")
     assert "segment 2 | mean gates input" in out and "was read from" in out
     page = (tmp_path / "page.html").read_text()
     assert "http" not in page and "kitchen" in page and "DATA" not in page
+    segments = json.loads(re.search(r"const data = (.*);", page)[1])
+    assert [segment["number"] for segment in segments] == [1, 2]
+    assert len(segments[0]["tokens"]) == 64
+    for segment in segments:
+        for block in segment["blocks"]:
+            for kind in ("read", "write", "again"):
+                assert len(block[kind]) == 16
+                assert all(len(slot) == len(segment["tokens"]) for slot in block[kind])
 
 
 def test_the_study_compares_three_banks(tiny, tmp_path):
@@ -791,6 +809,8 @@ def test_samples_are_printed_with_their_support_marked():
     ("babilong_tiny.py", ["--ckpt={tiny}/ckpt.pt", "--tasks=qa0"], "qa0"),
     ("babilong_tiny.py", ["--ckpt={tmp}/noise.bin"], "noise.bin"),
     ("babilong_tiny.py", ["--ckpt={tiny}/ckpt.pt", "--samples=0"], "--samples"),
+    ("babilong_tiny.py", ["--ckpt={tiny}/ckpt.pt", "--csv={tmp}/short.txt"], "already"),
+    ("babilong_tiny.py", ["--noise={tmp}/facts.txt"], "0 sentences"),
     ("babilong_tiny.py", ["--length=12"], "--length"),
     ("babilong_tiny.py", ["--facts_in=0.5,0.1"], "--facts_in"),
     ("babilong_tiny.py", ["--babi_dir={tmp}/nowhere"], "--babi_dir"),
@@ -798,6 +818,7 @@ def test_samples_are_printed_with_their_support_marked():
 def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "facts.txt").write_text("Mary went with all the others to the old office. " * 200)
     (tmp_path / "babi").mkdir()
     (tmp_path / "babi" / "qa1_x.txt").write_text("1 Mary went to the office.\n2 Where is Mary? x\t")
     (tmp_path / "noise.bin").write_bytes(bytes(range(256)) * 9)

@@ -121,6 +121,8 @@ except ValueError as error:
     die(error)
 kind = device.split(":")[0]
 if world > 1:
+    if kind == "mps" or kind == "cuda" and torch.cuda.device_count() < world:
+        die(f"torchrun: {world} processes need as many CUDA devices, or --device=cpu")
     if kind == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -188,11 +190,8 @@ def story_batch(step, stages):
         length = rng.randint(min(length, max(40, length - 2 * flags.block_size)), length)
     ready = [task for task in tasks if stages[task] >= segments]
     rows = max(1, min(flags.batch_size, flags.batch_tokens // length) // world) * world
-    pairs, names, tries = [], [], 0
+    pairs, names, refused = [], [], Counter()
     while len(pairs) < rows:
-        tries += 1
-        if tries > 100000:
-            die("stories do not fit into so short a context; use a larger --block_size")
         task = rng.choices(ready, [stages[task] ** -0.5 for task in ready])[0]
         stage = stages[task]
         most = 4 * max(1, stage - 1) if stage < 4 else 1000  # facts in a story
@@ -202,7 +201,9 @@ def story_batch(step, stages):
             pairs.append(babi.to_tokens(sample, encoding, length, noise, rng, (0.0, until)))
             names.append(task)
         except ValueError:  # this story does not fit here; the next may
-            pass
+            refused[task] += 1
+            if refused[task] > 50000:
+                die(f"stories of {task} do not fit into {length} tokens; use a larger --block_size")
     return *babi.stack(pairs), names
 
 
@@ -268,6 +269,8 @@ if checkpoint:
                                               strict=True):
             optimizer.load_state_dict(saved_optimizer)
         state |= {key: checkpoint["train"][key] for key in ("step", "stage", "running", "seconds")}
+        if set(state["stage"]) != set(tasks):
+            raise ValueError
     except (KeyError, RuntimeError, TypeError, ValueError):
         die(f"--resume: {path} belongs to another model or version of this code")
 
