@@ -853,8 +853,8 @@ def token_counts(text):
     """"0,1k,4096" as (0, 1024, 4096)."""
     if not re.fullmatch(r"\d{1,9}k?(,\d{1,9}k?)*", text.lower()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of tokens like 0,1k,4096")
-    return tuple(dict.fromkeys(int(part.rstrip("k")) * (1024 if part[-1] == "k" else 1)
-                               for part in text.lower().split(",")))
+    return tuple(int(part.rstrip("k")) * (1024 if part[-1] == "k" else 1)
+                 for part in text.lower().split(","))
 
 
 def parse_flags(config_class, description, argv=None):

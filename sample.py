@@ -448,13 +448,15 @@ def study(model, encoding, picture):
                 length = len(encoding.encode_ordinary(f" {text}"))
                 start += len(encoding.encode_ordinary(f" {old}")) if text == other else 0
                 shares[question, bank, fact] = float(traced[start:start + length].sum())
+            shares[question, bank, "noise"] = 1 - sum(shares[question, bank, f] for f in facts)
     for question in questions:
         print(f"\n{question:32}" + "".join(f"{bank:>19}" for bank in banks))
-        for fact in facts:
+        for fact in (*facts, "noise"):
             row = [shares[question, bank, fact] for bank in banks]
             print(f"  {fact:30}" + "".join(f"{share:19.2f}" for share in row))
         print(f"  {'answer':30}" + "".join(f"{answers[question, bank]:>19}" for bank in banks))
-    print("\nshare of what the question's last token read that goes back to each fact")
+    print("\nof what the question's last token reads, the share whose slots were written at each fact's"
+          "\nwords (at noise: a later word of its segment, where attention had gathered the fact)")
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -465,10 +467,10 @@ def study(model, encoding, picture):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
     for axis, question in zip(axes, questions):
         for i, (bank, hatch) in enumerate(zip(banks, ("", "//", ".."))):
-            heights = [shares[question, bank, fact] for fact in facts]
-            axis.bar([x + 0.27 * i for x in range(3)], heights, 0.25, label=bank, hatch=hatch)
-        axis.set(title=question, ylim=(0, 1), xticks=[0.27, 1.27, 2.27])
-        axis.set_xticklabels([fact.replace(" the ", " the\n") for fact in facts])
+            heights = [shares[question, bank, fact] for fact in (*facts, "noise")]
+            axis.bar([x + 0.27 * i for x in range(4)], heights, 0.25, label=bank, hatch=hatch)
+        axis.set(title=question, ylim=(0, 1), xticks=[0.27, 1.27, 2.27, 3.27])
+        axis.set_xticklabels([fact.replace(" to the ", "\nto the ") for fact in (*facts, "noise")])
     axes[0].set_ylabel("share of the read attention")
     axes[0].legend()
     try:

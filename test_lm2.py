@@ -717,13 +717,14 @@ def test_several_tasks_are_learned_and_scored_together(tiny, tmp_path, book):
     assert "qa1 1:0." in out and "memory_qa8: " in out
     with open(tmp_path / "o" / "log.csv") as file:
         assert {"qa1", "qa8_stage"} <= set(file.readline().strip().split(","))
-    out = run("babilong_tiny.py", f"--ckpt={tmp_path}/o/ckpt.pt", "--lengths=0,1k", "--samples=5,3",
+    out = run("babilong_tiny.py", f"--ckpt={tmp_path}/o/ckpt.pt", "--lengths=0,1k,2k", "--samples=5,3,3",
               f"--noise={book}")
     assert re.search(r"qa8 +0\.\d{3} ±0\.\d{3} ", out) and "last mentioned" in out
     with open(tmp_path / "o" / "babilong.csv") as file:
         cells = list(csv.DictReader(file))
     assert [(c["task"], c["tokens"], c["samples"]) for c in cells] == [
-        ("qa1", "0", "5"), ("qa1", "1024", "3"), ("qa8", "0", "5"), ("qa8", "1024", "3")]
+        (task, length, samples) for task in ("qa1", "qa8")
+        for length, samples in (("0", "5"), ("1024", "3"), ("2048", "3"))]
 
 
 def test_scores_are_what_generation_says(tiny):
