@@ -173,9 +173,8 @@ def story_batch(step, stages):
     """(tokens, targets, task of each row); `stages` {task: segments} says where each task stands.
 
     A step's contexts are as long as one task's stage allows, and its rows are of all tasks that
-    have come so far, more of those that lag behind. Seven steps in ten stay with up to four
-    segments, dense with facts; in the others, of 4 to `stage` segments, the bank must hold the
-    facts for long.
+    have come so far. Seven steps in ten stay with up to four segments, dense with facts; in the
+    others, of 4 to `stage` segments, the bank must hold the facts for long.
     Lengths are mostly no multiple of a segment, as in life. Half the samples spread their facts
     over the whole context, half put them in its first part, so that the bank must hold them while
     noise alone goes by.
@@ -192,7 +191,7 @@ def story_batch(step, stages):
     rows = max(1, min(flags.batch_size, flags.batch_tokens // length) // world) * world
     pairs, names, refused = [], [], Counter()
     while len(pairs) < rows:
-        task = rng.choices(ready, [stages[task] ** -0.5 for task in ready])[0]
+        task = rng.choice(ready)
         stage = stages[task]
         most = 4 * max(1, stage - 1) if stage < 4 else 1000  # facts in a story
         sample = babi.make_sample(task, rng, flags.questions, min(most, max(4, length // 8)))
