@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import runpy
 import subprocess
 import sys
 
@@ -532,16 +533,22 @@ def test_real_babi_files_agree_with_the_solver(task):
 # --------------------------------------------------------------------------------------------
 # The scripts
 
-def run(*args, ok=True, **kwargs):
-    """Run a script with warnings as errors; its standard output, or its one line of complaint."""
+def run(*args, **kwargs):
+    """Run a script with warnings as errors and return its standard output."""
     done = subprocess.run([sys.executable, "-W", "error", *args], text=True, timeout=280,
                           capture_output=True, **{"cwd": HERE} | kwargs)
-    if ok:
-        assert done.returncode == 0 and not done.stderr, done.stderr + done.stdout
-        return done.stdout
-    assert done.returncode == 2, (done.returncode, done.stderr, done.stdout)
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
-    return done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr + done.stdout
+    return done.stdout
+
+
+def refused(monkeypatch, capsys, script, *flags):
+    """The one line of complaint of a script that must not run, without a process of its own."""
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and said.startswith("error: "), said
+    return said
 
 
 TINY = ["--n_embd=16", "--n_head=2", "--n_kv_head=1", "--segments=2", "--eval_samples=4",
@@ -599,9 +606,10 @@ def test_a_checkpoint_is_plain_data_and_loads_with_its_tokenizer(tiny):
     assert model.config.vocab_size == encoding.n_vocab
 
 
-def test_an_earlier_run_is_never_overwritten(tmp_path):
+def test_an_earlier_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
     (tmp_path / "ckpt.pt").write_text("precious")
-    assert "--resume" in run("train.py", *TINY, "--steps=1", f"--out={tmp_path}", ok=False)
+    assert "--resume" in refused(monkeypatch, capsys, "train.py", *TINY, "--steps=1",
+                                 f"--out={tmp_path}")
     assert (tmp_path / "ckpt.pt").read_text() == "precious" and len(os.listdir(tmp_path)) == 1
 
 
@@ -816,7 +824,8 @@ def test_samples_are_printed_with_their_support_marked():
     ("babilong_tiny.py", ["--facts_in=0.5,0.1"], "--facts_in"),
     ("babilong_tiny.py", ["--babi_dir={tmp}/nowhere"], "--babi_dir"),
 ])
-def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path):
+def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path, monkeypatch,
+                                       capsys):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "facts.txt").write_text("Mary went with all the others to the old office. " * 200)
@@ -836,7 +845,7 @@ def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path):
                       other=tmp_path / "other.pt") for f in flags]
     if script == "train.py" and not any(f.startswith("--out") for f in flags):
         flags.append(f"--out={tmp_path}/out")
-    assert names in run(script, *flags, ok=False)
+    assert names in refused(monkeypatch, capsys, script, *flags)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 

@@ -133,9 +133,9 @@ else:
     dtype, reason = torch.float32, f"safe and, at this size, fast on {kind}"
 autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
+text, books = None, [name for name in flags.noise.split(",") if name]
 try:
     tasks = babi.parse_tasks(flags.task)
-    text, books = None, [name for name in flags.noise.split(",") if name]
     if flags.data:
         with open(flags.data, encoding="utf-8") as file:
             text = file.read()
