@@ -455,8 +455,8 @@ def study(model, encoding, picture):
             row = [shares[question, bank, fact] for bank in banks]
             print(f"  {fact:30}" + "".join(f"{share:19.2f}" for share in row))
         print(f"  {'answer':30}" + "".join(f"{answers[question, bank]:>19}" for bank in banks))
-    print("\nof what the question's last token reads, the share whose slots were written at each fact's"
-          "\nwords (at noise: a later word of its segment, where attention had gathered the fact)")
+    print("\nof what the question's last token reads, the share that was written at each fact's words"
+          "\n(at noise: a later word of its segment, where attention had gathered the fact)")
     try:
         import matplotlib
         matplotlib.use("Agg")

@@ -725,8 +725,8 @@ def test_several_tasks_are_learned_and_scored_together(tiny, tmp_path, book):
     assert "qa1 1:0." in out and "memory_qa8: " in out
     with open(tmp_path / "o" / "log.csv") as file:
         assert {"qa1", "qa8_stage"} <= set(file.readline().strip().split(","))
-    out = run("babilong_tiny.py", f"--ckpt={tmp_path}/o/ckpt.pt", "--lengths=0,1k,2k", "--samples=5,3,3",
-              f"--noise={book}")
+    out = run("babilong_tiny.py", f"--ckpt={tmp_path}/o/ckpt.pt", "--lengths=0,1k,2k",
+              "--samples=5,3,3", f"--noise={book}")
     assert re.search(r"qa8 +0\.\d{3} ±0\.\d{3} ", out) and "last mentioned" in out
     with open(tmp_path / "o" / "babilong.csv") as file:
         cells = list(csv.DictReader(file))
