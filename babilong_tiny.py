@@ -817,6 +817,14 @@ def die(message):
     sys.exit(2)
 
 
+def die_unless_new(name, path):
+    """No file is overwritten: one line and exit 2 if there is one, or no folder to hold it."""
+    if os.path.exists(path):
+        die(f"--{name}={path}: is there already; remove it or choose another name")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        die(f"--{name}={path}: no such folder")
+
+
 def find_device(name):
     """"auto" becomes cuda, mps or cpu, whichever is there first. ValueError if `name` is not."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
@@ -976,9 +984,7 @@ def print_scores(flags):
     except (KeyError, TypeError):
         die(f"{flags.ckpt} does not say what it was trained on; name the --tasks")
     path = flags.csv or os.path.join(os.path.dirname(flags.ckpt), "babilong.csv")
-    if os.path.exists(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        die(f"--csv={path}: " + ("is there already; remove it or choose another name"
-                                 if os.path.exists(path) else "no such folder"))
+    die_unless_new("csv", path)
     counts = flags.samples + (flags.samples[-1],) * len(flags.lengths)
     noise = load_noise(flags.noise, encoding, f"score {flags.seed}")
     samples = {}

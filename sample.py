@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import babilong_tiny as babi
-from babilong_tiny import die, flag, parse_flags
+from babilong_tiny import die, die_unless_new, flag, parse_flags
 from lm2 import LM2, Memory, load_checkpoint
 
 
@@ -176,13 +176,16 @@ class Recorder:
     def __init__(self, model, keep=64):
         self.model, self.keep = model, keep
         self.blocks = [block for block in model.blocks if block.read]
+        self.forget()
 
     def __enter__(self):
-        self.forget()
         self.watch()
         return self
 
     def __exit__(self, *_):
+        self.look_away()
+
+    def look_away(self):
         for hook in self.hooks:
             hook.remove()
 
@@ -278,6 +281,12 @@ def phrase(encoding, tokens, at, words=6):
     return re.split(r"[.?!] ", text)[-1].strip() or text.strip()
 
 
+def held(encoding, tokens, source, least):
+    """[(phrase, share)] of the two tokens a slot holds most of, those of at least a share."""
+    return [(phrase(encoding, tokens, at), float(source[at]))
+            for at in source.topk(min(2, len(source))).indices.tolist() if source[at] > least]
+
+
 def show(encoding, recorder):
     """Print the segments, tokens marked by how strongly a slot wrote them, and the last read."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -301,12 +310,10 @@ def show(encoding, recorder):
     print("\nthe answer was read from (block, slot, attention, what the slot holds)")
     for i, read in enumerate(last["read"]):
         for slot in read[-1].topk(min(3, read.size(1))).indices.tolist():
-            source = recorder.before[i][slot]
-            held = [phrase(encoding, tokens, at) for at in source.topk(
-                min(2, len(source))).indices.tolist() if source[at] > 0.05]
+            words = dict(held(encoding, tokens, recorder.before[i][slot], least=0.05))
             if read[-1][slot] > 0.05:
                 print(f"  {i + 1}  {slot:2}  {read[-1][slot]:.2f}  "
-                      + (" | ".join(dict.fromkeys(held)) or "nothing yet"))
+                      + (" | ".join(words) or "nothing yet"))
 
 
 PAGE = """<!doctype html>
@@ -422,7 +429,8 @@ def study(model, encoding, picture):
     old, other, new = ("Mary went to the kitchen.", "John travelled to the office.",
                        "Mary moved to the garden.")
     first, second, third = segment(old, other), segment(new), segment()
-    facts = {old: (first, old), other: (first, other), new: (second, new)}
+    length = {fact: len(encoding.encode_ordinary(f" {fact}")) for fact in (old, other, new)}
+    facts = {old: 0, other: length[old], new: size}  # where each begins
     questions = ("Where is Mary?", "Where is John?")
     banks = ("before the update", "after the update", "bank frozen")
     shares, answers = {}, {}
@@ -443,11 +451,8 @@ def study(model, encoding, picture):
                 traced = recorder.traced()
                 answers[question, bank] = encoding.decode(
                     reader.generate(prompt, 2, temperature=0)).split(".")[0].strip()
-            for fact, (where, text) in facts.items():
-                start = 0 if where is first else size
-                length = len(encoding.encode_ordinary(f" {text}"))
-                start += len(encoding.encode_ordinary(f" {old}")) if text == other else 0
-                shares[question, bank, fact] = float(traced[start:start + length].sum())
+            for fact, start in facts.items():
+                shares[question, bank, fact] = float(traced[start:start + length[fact]].sum())
             shares[question, bank, "noise"] = 1 - sum(shares[question, bank, f] for f in facts)
     for question in questions:
         print(f"\n{question:32}" + "".join(f"{bank:>19}" for bank in banks))
@@ -552,11 +557,11 @@ def reply(reader, encoding, tasks, question, recorder=None, flags=None):
     """Print the answer, and a hint where there is one. A question may come without its mark."""
     question = question.strip().rstrip("?").rstrip() + "?"
     if recorder:
-        recorder.__exit__()  # what is generated leaves no trace
-    said = answer(reader, encoding, question)
-    print(said)
-    if recorder and flags:  # once more in one piece, for the record
+        recorder.look_away()  # what is generated leaves no trace
+    print(answer(reader, encoding, question))
+    if recorder:
         recorder.watch()
+    if recorder and flags:  # once more in one piece, for the record
         tokens = reader.rest + encoding.encode_ordinary(tidy(question))
         reader.model(torch.tensor([tokens], device=reader.model.device), memory=reader.memory)
         if flags.show:
@@ -567,8 +572,6 @@ def reply(reader, encoding, tasks, question, recorder=None, flags=None):
             except OSError as error:
                 die(f"--html={flags.html}: {error.strerror}")
             print(f"page: {flags.html}")
-    elif recorder:
-        recorder.watch()
     if note := hint(encoding, tasks, question):
         print(f"hint: {note}", file=sys.stderr)
 
@@ -585,10 +588,10 @@ def show_memory(encoding, recorder):
     tokens, lines = recorder.text(), 0
     for i, source in enumerate(recorder.source):
         for slot, row in enumerate(source):
-            held = [at for at in row.topk(min(2, len(row))).indices.tolist() if row[at] > 0.1]
-            if held:
+            words = [f"{text} ({share:.2f})"
+                     for text, share in held(encoding, tokens, row, least=0.1)]
+            if words:
                 lines += 1
-                words = [f"{phrase(encoding, tokens, at)} ({row[at]:.2f})" for at in held]
                 print(f"  block {i + 1}, slot {slot:2}: {' | '.join(words)}")
     if not lines:
         print("  nothing to trace: a bank is written when a segment is full")
@@ -619,7 +622,7 @@ def chat(reader, encoding, tasks, clean, recorder):
                 if reader.rest:
                     print(f"  not yet written: {encoding.decode(reader.rest).strip()}")
             elif command == "/reset":
-                reader.__init__(reader.model)
+                reader = Reader(reader.model)
                 recorder.forget()
             elif command == "/load":
                 before = reader.memory, list(reader.rest), reader.count
@@ -655,10 +658,8 @@ def main():
     if not 0 <= flags.seed < 2**63:
         die(f"--seed={flags.seed}: it must be a number from 0 to 2**63 - 1")
     for name in ("html", "save_memory"):
-        path = getattr(flags, name)
-        if path and (os.path.exists(path) or not os.path.isdir(os.path.dirname(path) or ".")):
-            die(f"--{name}={path}: " + ("is there already; remove it or choose another name"
-                                        if os.path.exists(path) else "no such folder"))
+        if path := getattr(flags, name):
+            die_unless_new(name, path)
     story = flags.story
     if story and not os.path.exists(story) and len(story.split()) == 1:
         die(f"--story={story}: no such file")
@@ -686,7 +687,9 @@ def main():
         study(model, encoding, os.path.join(os.path.dirname(flags.ckpt), "study.png"))
         return
     asks = flags.prompt is None and flags.ask is None and not flags.save_memory
-    recorder = Recorder(model).__enter__() if flags.show or flags.html or asks else None
+    recorder = Recorder(model) if flags.show or flags.html or asks else None
+    if recorder:
+        recorder.watch()
     for name, given in (("story", story if os.path.exists(story) else ""), ("read", flags.read)):
         try:
             if given:

@@ -145,7 +145,9 @@ try:
         learned = [text[:len(text) * 9 // 10]] if text else \
             (sentence for book in books for sentence in babi.read_sentences(book))
         encoding = babi.load_encoding(flags.tokenizer, babi.count_words(learned))
-    noise = babi.book_noise(encoding, books) if books else babi.make_noise(encoding, flags.seed)
+    if not flags.data:
+        noise = babi.book_noise(encoding, books) if books else \
+            babi.make_noise(encoding, flags.seed)
 except (OSError, UnicodeDecodeError, ValueError) as error:
     reason = "not a text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
     die(f"--data={flags.data}: {reason}" if text is None and flags.data else reason)
@@ -448,7 +450,6 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 if dist.is_initialized():
     dist.destroy_process_group()
 if stopped:
-    save()
     print(f"stopped after step {state['step']}; go on with: "
           f"python train.py --resume --out={flags.out}")
     sys.exit(0)
