@@ -25,6 +25,7 @@ import argparse
 import codecs
 import csv
 import itertools
+import math
 import os
 import random
 import re
@@ -678,7 +679,9 @@ def hits(logits, targets):
 @torch.no_grad()
 def answered(model, tokens, targets):
     """(B,) bool: which rows (B, T) the model answers right."""
-    span = answer_span(targets)
+    span, size = answer_span(targets), model.config.block_size
+    if not model.n_banks:  # without a memory nothing before the segment before can matter
+        tokens = tokens[:, max(0, (tokens.size(1) - span) // size - 1) * size:]
     logits = model(tokens.to(model.device), last=span)[0]
     return hits(logits.cpu(), targets[:, -span:])
 
@@ -693,7 +696,7 @@ def answered_by_bank(model, tokens, targets):
     """
     border = (tokens.size(1) - 1) // model.config.block_size * model.config.block_size
     tokens, targets = tokens.to(model.device), targets[:, border:]
-    memory = model(tokens[:, :border], last=1)[2]
+    memory = model(tokens[:, :border], last=1)[2] if border else model.fresh_memory(len(tokens))
     banks = {"kept": memory.banks, "wiped": model.fresh_memory(len(tokens)).banks,
              "swapped": memory.banks.roll(1, dims=0)}
     return {name: hits(model(tokens[:, border:], memory=memory._replace(banks=bank))[0].cpu(),
@@ -728,12 +731,43 @@ def shortcuts(task, samples):
             "last mentioned": right / n}
 
 
+def split(text):
+    """The sentences of a context; its last may have been cut short."""
+    return [found.strip() for found in re.findall(r"[^.?!]*[.?!]|[^.?!]+$", text)]
+
+
+def bm25(sentences, question, k1=1.5, b=0.75):
+    """How well each sentence fits the question: Okapi BM25 (Robertson et al. 1994)."""
+    bags = [Counter(re.findall(r"\w+", sentence.lower())) for sentence in sentences]
+    mean = sum(bag.total() for bag in bags) / len(bags)
+    scores = [0.0] * len(bags)
+    for word in set(re.findall(r"\w+", question.lower())):
+        n = sum(word in bag for bag in bags)
+        rare = math.log(1 + (len(bags) - n + 0.5) / (n + 0.5))
+        for i, bag in enumerate(bags):
+            length = 1 - b + b * bag.total() / mean
+            scores[i] += rare * bag[word] * (k1 + 1) / (bag[word] + k1 * length)
+    return scores
+
+
+def retrieve(context, sample, n_best):
+    """The sample, told by those n sentences of its context that fit its question best.
+
+    They keep their order; of equals the latest are taken.
+    """
+    sentences = split(context)
+    scores = bm25(sentences, sample.questions[0].text)
+    best = sorted(range(len(scores)), key=lambda i: (scores[i], i))[-n_best:]
+    return Sample(tuple(sentences[i] for i in sorted(best)), sample.questions)
+
+
 @torch.no_grad()
-def score(model, encoding, samples, length, noise, rng, most=2**17):
+def score(model, encoding, samples, length, noise, rng, n_best=0, most=2**17):
     """[(sample, right)] for those samples of one question each that fit into `length` tokens.
 
-    Length 0 is the bare story without noise. Long contexts come in small batches, so that one of
-    128k tokens needs no more memory than 32 of 4k.
+    Length 0 is the bare story without noise. With `n_best` the model is shown so many sentences,
+    see `retrieve`, and no more. Long contexts come in small batches, so that one of 128k tokens
+    needs no more memory than 32 of 4k.
     """
     scored, batch = [], []
 
@@ -749,6 +783,10 @@ def score(model, encoding, samples, length, noise, rng, most=2**17):
             pair = to_tokens(sample, encoding, length or None, noise, rng)
         except ValueError:  # the facts do not fit; BABILong leaves such samples out as well
             continue
+        if n_best:
+            text = encoding.decode(pair[0])
+            text = text[:text.rindex(sample.questions[0].text)]
+            pair = to_tokens(retrieve(text, sample, n_best), encoding)
         if batch and (len(batch) * len(pair[0]) >= most or len(batch[0][1][0]) != len(pair[0])):
             answer()
         batch.append((sample, pair))
@@ -762,11 +800,12 @@ def shorten(length):
     return f"{length // 1024}k" if length % 1024 == 0 and length else str(length)
 
 
-def score_table(model, encoding, samples, lengths, noise, seed=0, path=None):
+def score_table(model, encoding, samples, lengths, noise, seed=0, path=None, n_best=0):
     """Print accuracies, tasks by lengths, and under them the shortcuts; returns the cells.
 
     samples  {task: list of samples of one question each}
     lengths  {tokens (0: no noise): how many of the samples to take}
+    n_best   0, or how many sentences BM25 picks for the model, see `retrieve`
     Cells are dictionaries, one for each task and length; a `path` gets them as CSV.
     Raises ValueError where no sample fits into a length.
     """
@@ -778,7 +817,7 @@ def score_table(model, encoding, samples, lengths, noise, seed=0, path=None):
         print(f"{task:8}", end="", flush=True)
         for length, count in lengths.items():
             rng, chosen = random.Random(f"score {seed} {task} {length}"), samples[task][:count]
-            scored = score(model, encoding, chosen, length, noise, rng)
+            scored = score(model, encoding, chosen, length, noise, rng, n_best)
             if not scored:
                 raise ValueError(f"{length} tokens are too few for the facts of {task}")
             n, accuracy = len(scored), sum(right for _, right in scored) / len(scored)
@@ -886,6 +925,25 @@ def parse_flags(config_class, description, argv=None):
     return config_class(**vars(parser.parse_args(argv)))
 
 
+def as_flags(config):
+    """The command-line flags that make `parse_flags` give this dataclass."""
+    changed = {f.name: getattr(config, f.name) for f in fields(config)
+               if getattr(config, f.name) != f.default}
+    return [f"--{name}={value}" if not isinstance(value, bool) else
+            f"--{'' if value else 'no-'}{name}" for name, value in changed.items()]
+
+
+def matplotlib():
+    """matplotlib.pyplot to draw files with, or None and a hint: it is no required package."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        return plt
+    except ImportError:
+        print("\n(pip install matplotlib, and this ends with a picture)")
+
+
 # --------------------------------------------------------------------------------------------
 # Print samples, statistics or scores
 
@@ -905,6 +963,7 @@ class Flags:
     ckpt: str = flag("", "score this checkpoint of train.py instead")
     tasks: str = flag("", "tasks to score: qa1,qa2 or all (those it was trained on)")
     lengths: token_counts = flag((0, 1024, 4096), "tokens of context: 0,1k,4k (0 = no noise)")
+    retrieve: int = flag(0, "show the model only so many sentences, those that BM25 finds best")
     csv: str = flag("", "where to write the scores (babilong.csv beside the checkpoint)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
@@ -915,6 +974,19 @@ def load_babi(folder, task):
         return read_babi(find_babi(folder, task))
     except (OSError, ValueError) as error:
         die(f"--babi_dir: {error}")
+
+
+def test_samples(tasks, count, folder="", seed=0):
+    """{task: samples of one question each}: all in the real files in `folder`, or `count` new."""
+    samples = {}
+    for task in tasks:
+        rng = random.Random(f"score {seed} {task}")
+        if folder:
+            samples[task] = load_babi(folder, task)
+            rng.shuffle(samples[task])
+        else:
+            samples[task] = [make_sample(task, rng) for _ in range(count)]
+    return samples
 
 
 def load_noise(names, encoding, seed):
@@ -941,10 +1013,9 @@ def print_samples(flags):
         text = encoding.decode(tokens)
         print(f"--- {flags.task}, sample {number}: {len(tokens)} tokens, {len(sample.facts)} facts")
         support = [sample.facts[i] for i in question.support]
-        for sentence in re.findall(r"[^.?!]*[.?!]|[^.?!]+$", text[:text.rindex(question.text)]):
-            mark = ">>" if sentence.strip() in support else \
-                " >" if sentence.strip() in sample.facts else "  "
-            print(mark, sentence.strip())
+        for sentence in split(text[:text.rindex(question.text)]):
+            mark = ">>" if sentence in support else " >" if sentence in sample.facts else "  "
+            print(mark, sentence)
         print(f"   {question.text}  ->  {question.answer}")
     print("\n>> supporting fact   > other fact   the rest is noise")
 
@@ -987,19 +1058,12 @@ def print_scores(flags):
     die_unless_new("csv", path)
     counts = flags.samples + (flags.samples[-1],) * len(flags.lengths)
     noise = load_noise(flags.noise, encoding, f"score {flags.seed}")
-    samples = {}
-    for task in tasks:
-        rng = random.Random(f"score {flags.seed} {task}")
-        if flags.babi_dir:
-            samples[task] = load_babi(flags.babi_dir, task)
-            rng.shuffle(samples[task])
-        else:
-            samples[task] = [make_sample(task, rng) for _ in range(max(flags.samples))]
+    samples = test_samples(tasks, max(flags.samples), flags.babi_dir, flags.seed)
     print(f"{flags.ckpt}: stories {flags.babi_dir or 'generated'}, "
           f"noise {flags.noise or 'built in'}, seed {flags.seed}")
     try:
         score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise, flags.seed,
-                    path)
+                    path, flags.retrieve)
     except ValueError as error:
         die(f"--lengths: {error}")
     except OSError as error:
@@ -1009,8 +1073,8 @@ def print_scores(flags):
 def main():
     flags = parse_flags(Flags, __doc__)
     flags.samples = flags.samples or ((100,) if flags.ckpt else (3,))
-    if min(flags.samples) < 1 or flags.length < 0:
-        die("--samples must be at least 1 and --length at least 0")
+    if min(flags.samples) < 1 or min(flags.length, flags.retrieve) < 0:
+        die("--samples must be at least 1, --length and --retrieve at least 0")
     if flags.ckpt:
         print_scores(flags)
     elif flags.stats:

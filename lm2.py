@@ -8,7 +8,8 @@ its part, carries the last few token embeddings over the border.)
 What is here
     decoder      RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, tied head
     memory       read with an output gate, write with an input and a forget gate, in the first
-                 `memory_layers` blocks; each gate has a switch; `memory="none"` takes it all away
+                 `memory_layers` blocks; each gate has a switch
+    rivals       memory="rmt", the Recurrent Memory Transformer; memory="none", the decoder alone
     local mixer  an optional short causal convolution over the token embeddings
     around it    generation with a key/value cache, optimizer groups, loading a checkpoint
 What is not here: several GPUs, dropout, pretrained weights.
@@ -57,12 +58,13 @@ class LM2Config:
     n_kv_head: int = 2          # key/value heads, each shared by n_head / n_kv_head query heads
     n_embd: int = 64            # width d
     conv: int = 7               # tokens the local mixer sees; 0 = no mixer
-    memory: str = "lm2"         # "lm2", or "none" for the decoder alone
+    memory: str = "lm2"         # "lm2"; "rmt", the rival; or "none" for the decoder alone
     memory_slots: int = 16      # N
-    memory_layers: int = -1     # the first k blocks carry the memory; -1 = all
+    memory_layers: int = -1     # lm2: the first k blocks carry the memory; -1 = all
     output_gate: bool = True    # False: everything that was read joins the decoder
     input_gate: bool = True     # False: always 1
     forget_gate: bool = True    # False: always 1
+    address: bool = True        # False: slots have no learned names
     rope_base: float = 10000.0  # base of the rotary wavelengths
 
     def __post_init__(self):
@@ -79,8 +81,8 @@ class LM2Config:
                              f"({self.n_kv_head}): query heads share key/value heads evenly")
         if self.conv < 0:
             raise ValueError(f"conv is {self.conv}; use 0 for none or the number of tokens it sees")
-        if self.memory not in ("lm2", "none"):
-            raise ValueError(f"memory is {self.memory!r}; use 'lm2' or 'none'")
+        if self.memory not in ("lm2", "rmt", "none"):
+            raise ValueError(f"memory is {self.memory!r}; use 'lm2', 'rmt' or 'none'")
         if not -1 <= self.memory_layers <= self.n_layer:
             raise ValueError(f"memory_layers is {self.memory_layers}; use 0 to n_layer "
                              f"({self.n_layer}), or -1 for all")
@@ -127,7 +129,7 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention within one segment."""
+    """Grouped-query self-attention within one segment, causal unless told otherwise."""
 
     def __init__(self, config):
         super().__init__()
@@ -136,20 +138,20 @@ class Attention(nn.Module):
         self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.key_value = nn.Linear(config.n_embd, 2 * self.n_kv_head * self.head_dim, bias=False)
         self.output = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.rotary = Rotary(config.block_size, self.head_dim, config.rope_base)
+        extra = 2 * config.memory_slots if config.memory == "rmt" else 0
+        self.rotary = Rotary(config.block_size + extra, self.head_dim, config.rope_base)
 
-    def forward(self, x, cache=None):
-        """x (B, T, d) -> (B, T, d). A `cache` holds the segment's earlier keys and values."""
+    def forward(self, x, cache, causal=True):
+        """x (B, T, d) -> (B, T, d). The `cache` holds the segment's keys and values so far."""
         B, T, d = x.shape
         q = self.query(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)   # (B, H, T, h)
         kv = self.key_value(x).view(B, T, 2 * self.n_kv_head, self.head_dim)
         k, v = kv.transpose(1, 2).chunk(2, dim=1)                                  # (B, KV, T, h)
         start = cache["key"].size(2) if cache else 0
         q, k = self.rotary(q, start), self.rotary(k, start)
-        if cache is not None:
-            k, v = extend(cache, "key", k, 2), extend(cache, "value", v, 2)
-        # with a cache, T is 1 or the segment starts here: the plain causal mask is right for both
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1,
+        k, v = extend(cache, "key", k, 2), extend(cache, "value", v, 2)
+        # T is 1, or the segment starts here, or all may see all: no other mask is needed
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1,
                                            enable_gqa=self.n_head != self.n_kv_head)
         return self.output(y.transpose(1, 2).reshape(B, T, d))
 
@@ -217,7 +219,7 @@ class MemoryRead(nn.Module):
         self.value = nn.Linear(d, d, bias=False)
         self.output = nn.Linear(d, d, bias=False)
         self.output_gate = Gate(d, d) if config.output_gate else None
-        self.address = nn.Parameter(torch.empty(config.memory_slots, d))
+        self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
 
     def qkv(self, x, memory):
         """Queries of the tokens (B, T, d), keys and values of the slots (B, N, d)."""
@@ -245,7 +247,7 @@ class MemoryWrite(nn.Module):
         slots = config.memory_slots
         self.input_gate = Gate(2 * d, d, slots) if config.input_gate else None
         self.forget_gate = Gate(2 * d, d, slots) if config.forget_gate else None
-        self.address = nn.Parameter(torch.empty(config.memory_slots, d))
+        self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
         self.rotary = Rotary(config.block_size + 1, d, config.rope_base)
 
     def qkv(self, x, memory):
@@ -264,6 +266,31 @@ class MemoryWrite(nn.Module):
         input_gate = self.input_gate(seen) if self.input_gate else 1.0                     # eq. 4
         forget_gate = self.forget_gate(seen) if self.forget_gate else 1.0                  # eq. 5
         return input_gate * torch.tanh(candidate) + forget_gate * memory                   # eq. 6
+
+
+class MemoryTokens(nn.Module):
+    """The rival, a Recurrent Memory Transformer's memory (Bulatov et al. 2022, arXiv 2207.06881).
+
+    It is N more tokens, read and written by the decoder's own attention, without gates. They stand
+    before a segment, where its tokens attend to them, and again behind it, where they attend to
+    all of it; what comes out behind one segment goes before the next.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.before = nn.Parameter(torch.empty(config.memory_slots, config.n_embd))
+        self.behind = nn.Parameter(torch.empty(config.memory_slots, config.n_embd))
+
+    def read(self, x, memory):
+        """x (B, T, d), memory (B, N, d) -> what the blocks see of a segment, (B, N + T, d)."""
+        return torch.cat((memory + self.before, x), dim=1)
+
+    def write(self, blocks, memory, cache):
+        """After the segment, whose keys and values the cache holds -> new memory (B, N, d)."""
+        x = memory + self.behind
+        for block, block_cache in zip(blocks, cache):
+            x = block(x, None, block_cache, causal=False)
+        return normed(x)
 
 
 # --------------------------------------------------------------------------------------------
@@ -292,10 +319,10 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.write = MemoryWrite(config) if memory else None
 
-    def forward(self, x, memory=None, cache=None):
+    def forward(self, x, memory, cache, causal=True):
         """x (B, T, d), memory (B, N, d) -> (B, T, d). Does not change the memory."""
         e = self.attention_norm(x)
-        x = x + self.attention(e, cache)               # E_attn: the original path, untouched
+        x = x + self.attention(e, cache, causal)       # E_attn: the original path, untouched
         if self.read:
             x = x + self.read(e, memory)               # E_next = E_attn + gated memory
         return x + self.feed_forward(self.feed_forward_norm(x))
@@ -303,7 +330,7 @@ class Block(nn.Module):
 
 class Memory(NamedTuple):
     """All that a document leaves behind for its next segment."""
-    banks: torch.Tensor     # (B, K, N, d), for K blocks with memory
+    banks: torch.Tensor     # (B, K, N, d), for K blocks with memory; K is 1 with memory="rmt"
     tail: torch.Tensor      # (B, conv - 1, d), the last embeddings, for the local mixer alone
 
 
@@ -313,10 +340,12 @@ class LM2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        depth = 0 if config.memory == "none" else config.memory_layers % (config.n_layer + 1)
+        depth = config.memory_layers % (config.n_layer + 1) if config.memory == "lm2" else 0
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.mixer = LocalMixer(config) if config.conv else None
         self.blocks = nn.ModuleList(Block(config, memory=i < depth) for i in range(config.n_layer))
+        self.memory_tokens = MemoryTokens(config) if config.memory == "rmt" else None
+        self.n_banks = 1 if self.memory_tokens else depth
         self.norm = nn.RMSNorm(config.n_embd)
         self.register_buffer("start", torch.eye(config.memory_slots, config.n_embd),
                              persistent=False)                                  # M_0, (N, d)
@@ -343,7 +372,7 @@ class LM2(nn.Module):
                 p.fill_(2.0)
             elif name.endswith(("bias", "output.weight", "down.weight")):
                 p.zero_()
-            elif name.endswith("address"):
+            elif name.endswith(("address", "before", "behind")):
                 p.normal_(std=0.1)
             elif name == "mixer.weight":
                 p.normal_(std=0.3)
@@ -357,30 +386,39 @@ class LM2(nn.Module):
 
     def fresh_memory(self, batch_size):
         """The `Memory` of a new document: every slot its one-hot row, no token before the first."""
-        depth = sum(block.write is not None for block in self.blocks)
         tail = self.start.new_zeros(batch_size, max(self.config.conv - 1, 0), self.config.n_embd)
-        return Memory(self.start.expand(batch_size, depth, -1, -1), tail)
+        return Memory(self.start.expand(batch_size, self.n_banks, -1, -1), tail)
 
-    def run_segment(self, tokens, memory, cache=None):
-        """One segment or, with a `cache`, its next tokens: reads the banks, does not write them.
+    def empty_cache(self):
+        """For each block a dictionary of the segment's keys, values and outputs so far."""
+        return [{} for _ in self.blocks]
 
-        tokens (B, T) -> the outputs of all blocks, a list of (B, T, d), and the memory, of which
-        only the tail is new.
+    def run_segment(self, tokens, memory, cache):
+        """A segment, or the next tokens of one: reads the banks, does not write them.
+
+        tokens (B, T), the segment's cache -> the last block's output (B, T, d), and the memory, of
+        which only the tail is new.
         """
         x, tail = self.embedding(tokens), memory.tail
         if self.mixer:
             x, tail = self.mixer(x, tail)
-        outputs = []
+        if self.memory_tokens and not cache[0]:
+            x = self.memory_tokens.read(x, memory.banks[:, 0])
         for i, block in enumerate(self.blocks):
-            x = block(x, memory.banks[:, i] if block.read else None, cache[i] if cache else None)
-            outputs.append(x)
-        return outputs, Memory(memory.banks, tail)
+            x = block(x, memory.banks[:, i] if block.read else None, cache[i])
+            extend(cache[i], "output", x, 1)
+        return x[:, -tokens.size(1):], Memory(memory.banks, tail)
 
-    def write_memory(self, outputs, memory):
+    def write_memory(self, memory, cache):
         """Every block writes its bank once, from its own output over the whole segment."""
-        banks = [block.write(x, bank) for block, x, bank
-                 in zip(self.blocks, outputs, memory.banks.unbind(1))]
-        return Memory(torch.stack(banks, dim=1), memory.tail) if banks else memory
+        if not self.n_banks:
+            return memory
+        if self.memory_tokens:
+            banks = [self.memory_tokens.write(self.blocks, memory.banks[:, 0], cache)]
+        else:
+            banks = [block.write(block_cache["output"], bank) for block, block_cache, bank
+                     in zip(self.blocks, cache, memory.banks.unbind(1))]
+        return Memory(torch.stack(banks, dim=1), memory.tail)
 
     def forward(self, tokens, targets=None, memory=None, last=None, scored_only=False):
         """Read tokens segment by segment.
@@ -402,11 +440,11 @@ class LM2(nn.Module):
         memory = self.fresh_memory(B) if memory is None else memory
         hidden = []
         for start in range(0, T, self.config.block_size):
-            segment = tokens[:, start:start + self.config.block_size]
-            outputs, memory = self.run_segment(segment, memory)
-            memory = self.write_memory(outputs, memory)
+            segment, cache = tokens[:, start:start + self.config.block_size], self.empty_cache()
+            output, memory = self.run_segment(segment, memory, cache)
+            memory = self.write_memory(memory, cache)
             if start + segment.size(1) > first:
-                hidden.append(outputs[-1][:, max(first - start, 0):])
+                hidden.append(output[:, max(first - start, 0):])
         hidden = torch.cat(hidden, dim=1)                               # (B, T - first, d)
         if targets is not None:
             targets = targets[:, first:]
@@ -437,15 +475,13 @@ class LM2(nn.Module):
         for _ in range(max_new_tokens):
             while new.size(1):                       # the prompt may be many segments long
                 if filled == self.config.block_size:
-                    memory = self.write_memory([c["output"] for c in cache], memory)
+                    memory = self.write_memory(memory, cache)
                     cache, filled = self.empty_cache(), 0
                 part = new[:, :self.config.block_size - filled]
                 new = new[:, part.size(1):]
                 filled += part.size(1)
-                outputs, memory = self.run_segment(part, memory, cache)
-                for block_cache, output in zip(cache, outputs):
-                    extend(block_cache, "output", output, 1)
-            logits = self.head(outputs[-1][:, -1])                                # (B, vocab)
+                output, memory = self.run_segment(part, memory, cache)
+            logits = self.head(output[:, -1])                                     # (B, vocab)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -456,10 +492,6 @@ class LM2(nn.Module):
                 new = torch.multinomial(logits.softmax(-1), 1)          # (B, 1)
             generated.append(new)
         return torch.cat(generated, dim=1)
-
-    def empty_cache(self):
-        """For each block a dictionary of the segment's keys, values and outputs so far."""
-        return [{} for _ in self.blocks]
 
     def optimizer(self, lr=2e-3, muon_lr=1e-2, weight_decay=0.0):
         """[Muon for the matrices inside blocks, AdamW for all else]; step both.

@@ -462,12 +462,8 @@ def study(model, encoding, picture):
         print(f"  {'answer':30}" + "".join(f"{answers[question, bank]:>19}" for bank in banks))
     print("\nof what the question's last token reads, the share that was written at each fact's words"
           "\n(at noise: a later word of its segment, where attention had gathered the fact)")
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("(pip install matplotlib, and this ends with a picture)")
+    plt = babi.matplotlib()
+    if not plt:
         return
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
     for axis, question in zip(axes, questions):

@@ -5,8 +5,9 @@
     python train.py --data=book.txt --out=out-book      # any text instead of stories
     python train.py --task=all --n_layer=3 --n_embd=96 --noise=a.txt,b.txt --out=out-all
     python train.py --resume                 # go on exactly where a stopped run was
+    python train.py --compare=memory         # LM2 against its rivals; also: parts, text
 
-The file reads from top to bottom: flags, set-up, data, model, the loop, the proof.
+The file reads from top to bottom: flags, comparisons, set-up, data, model, the loop, the proof.
 Ctrl-C saves and ends; everything a run writes lies in the folder `--out`.
 """
 import csv
@@ -14,17 +15,19 @@ import math
 import os
 import random
 import signal
+import statistics
+import subprocess
 import sys
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
 
 import babilong_tiny as babi
-from babilong_tiny import die, flag, parse_flags
+from babilong_tiny import as_flags, die, flag, parse_flags
 from lm2 import LM2, LM2Config, load_checkpoint
 
 
@@ -44,12 +47,14 @@ class Flags:
     n_kv_head: int = flag(2, "key/value heads")
     n_embd: int = flag(64, "width")
     conv: int = flag(7, "tokens the local mixer sees, 0 for none")
-    memory: str = flag("lm2", "kind of memory", choices=("lm2", "none"))
+    memory: str = flag("lm2", "kind of memory", choices=("lm2", "rmt", "none"))
     memory_slots: int = flag(16, "slots of a memory bank")
     memory_layers: int = flag(-1, "the first k blocks have memory, -1 for all")
     output_gate: bool = flag(True, "gate what is read")
     input_gate: bool = flag(True, "gate what is written")
     forget_gate: bool = flag(True, "gate what is kept")
+    address: bool = flag(True, "give every slot a learned name")
+    full_window: bool = flag(False, "with --memory=none: attention over all --segments at once")
     # training
     steps: int = flag(3000, "training steps")
     batch_size: int = flag(32, "samples in a step while contexts are short")
@@ -71,14 +76,197 @@ class Flags:
     save_every: int = flag(500, "steps between checkpoints")
     # the proof
     eval_samples: int = flag(500, "samples in a row of the proof table (fewer where it says so)")
-    eval_times: int = flag(16, "longest row of the proof, in longest training contexts")
+    eval_times: int = flag(16, "longest row of the proof, in longest contexts; 0 for no proof")
     babi_dir: str = flag("", "folder of real bAbI files to test on as well; never trained on")
+    # comparisons
+    compare: str = flag("", "train and score several models in turn: memory, parts or text",
+                        choices=("", "memory", "parts", "text"))
+    seeds: babi.token_counts = flag((0, 1, 2), "seeds that every model of a comparison gets")
+    lengths: babi.token_counts = flag(tuple(1024 * n for n in (0, 1, 2, 4, 8, 16, 32, 64, 128)),
+                                      "tokens of context that they are scored at: 0,1k,4k")
+    samples: babi.token_counts = flag((500, 200, 200, 200, 100, 100, 50),
+                                      "how many questions at each of the lengths")
+
+
+# flags that change nothing in what is learned
+FREE = {"device", "log_every", "save_every", "eval_samples", "eval_times", "babi_dir"}
+
+
+# --------------------------------------------------------------------------------------------
+# Comparisons: several runs of this script that differ in a flag or two, and one table
+
+def arms(flags):
+    """{name: what it changes} for the models of a comparison."""
+    depths = {"memory in all blocks": {}} | {
+        f"memory in the first {k}": {"memory_layers": k}
+        for k in dict.fromkeys((flags.n_layer // 2, 1)) if 0 < k < flags.n_layer}
+    if flags.compare == "memory":
+        return {"LM2": {}, "RMT": {"memory": "rmt"}, "vanilla": {"memory": "none"},
+                "vanilla, full window": {"memory": "none", "full_window": True}}
+    if flags.compare == "parts":
+        return depths | {
+            "memory in no block": {"memory": "none"}, "no output gate": {"output_gate": False},
+            "no input gate": {"input_gate": False}, "no forget gate": {"forget_gate": False},
+            "no slot addresses": {"address": False}, "no local mixer": {"conv": 0},
+            **{f"{n} slots": {"memory_slots": n} for n in (1, 4, 16, 64)
+               if n != flags.memory_slots}}
+    wide = {"memory": "none", "n_embd": even_width(flags)}
+    return depths | {"vanilla": {"memory": "none"}, "vanilla, as many parameters": wide}
+
+
+def even_width(flags):
+    """The width at which the decoder alone has about as many parameters as the LM2 of `flags`."""
+    vocab = 3000
+
+    def count(**changes):
+        names = {f.name for f in fields(LM2Config)} & {f.name for f in fields(Flags)}
+        sizes = {name: getattr(flags, name) for name in names} | changes
+        with torch.device("meta"):
+            return sum(p.numel() for p in LM2(LM2Config(vocab, **sizes)).parameters())
+
+    step = 2 * flags.n_head
+    return min(range(flags.n_embd, 3 * flags.n_embd, step),
+               key=lambda width: abs(count(memory="none", n_embd=width) - count()))
+
+
+def compare(flags):
+    """Train and score every arm with every seed. What is done already is not done again."""
+    jobs = [(name, changes, seed) for seed in flags.seeds for name, changes in arms(flags).items()]
+    if bool(flags.data) != (flags.compare == "text"):
+        die("--compare=text needs a text: --data=book.txt; the others have none")
+    samples = {} if flags.data else babi.test_samples(
+        babi.parse_tasks(flags.task), max(flags.samples), flags.babi_dir)
+    spent, cells = [], []
+    for number, (name, changes, seed) in enumerate(jobs):
+        out = os.path.join(flags.out, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
+        arm = replace(flags, compare="", seeds=Flags.seeds, lengths=Flags.lengths,
+                      samples=Flags.samples, babi_dir="", eval_times=0, seed=seed, out=out,
+                      **changes)
+        left = f"; about {statistics.mean(spent) * (len(jobs) - number) / 60:.0f} minutes left" \
+            if spent else ""
+        print(f"\n[{number + 1}/{len(jobs)}] {name}, seed {seed}{left}", flush=True)
+        cells += run_arm(flags, arm, name, samples)
+        spent.append(cells[-1]["seconds"])
+    report(flags, cells)
+
+
+def run_arm(flags, arm, name, samples):
+    """Train one arm to its end, unless it is there; returns its cells of the table."""
+    ckpt = os.path.join(arm.out, "ckpt.pt")
+    if not os.path.exists(ckpt) or load_checkpoint(ckpt)["train"]["step"] < arm.steps:
+        arm.resume = os.path.exists(ckpt)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run
+        command = [sys.executable, os.path.abspath(__file__), *as_flags(arm)]
+        code = subprocess.run(command).returncode
+        signal.signal(signal.SIGINT, before)
+        if code or load_checkpoint(ckpt)["train"]["step"] < arm.steps:
+            print("stopped; the same command goes on from here")
+            sys.exit(code)
+    checkpoint = load_checkpoint(ckpt)
+    saved = checkpoint["train"]["flags"]
+    for key, value in asdict(arm).items():
+        if key not in FREE | {"resume", "out"} and saved[key] != value:
+            die(f"{arm.out} was trained with --{key}={saved[key]}, not {value}; "
+                "choose another --out")
+    model, encoding = LM2.load(ckpt, babi.find_device(flags.device))
+    about = {"arm": name, "seed": arm.seed, "seconds": round(checkpoint["train"]["seconds"]),
+             "parameters": sum(p.numel() for p in model.parameters())}
+    if flags.data:
+        window = flags.window * flags.block_size
+        per_step = max(1, min(flags.batch_size, flags.batch_tokens // window)) * window
+        with open(os.path.join(arm.out, "log.csv"), newline="") as file:
+            return [about | {"task": "text", "tokens": int(row["step"]) * per_step,
+                             "bits_per_byte": float(row["bits_per_byte"])}
+                    for row in csv.DictReader(file)]
+    cells = scores(flags, model, encoding, samples, os.path.join(arm.out, "scores.csv"))
+    about["stage"] = "/".join(str(stage) for stage in checkpoint["train"]["stage"].values())
+    if name == "vanilla":  # the paper's RAG row
+        cells += [cell | {"arm": "vanilla, retrieval"} for cell in scores(
+            flags, model, encoding, samples, os.path.join(arm.out, "retrieval.csv"), n_best=5)]
+    return [about | cell for cell in cells]
+
+
+def scores(flags, model, encoding, samples, path, n_best=0):
+    """The cells of a model's table of scores, read from `path` or made and written there."""
+    if not os.path.exists(path):
+        books = [book for book in flags.noise.split(",") if book]
+        noise = babi.book_noise(encoding, books) if books else babi.make_noise(encoding, "compare")
+        counts = flags.samples + flags.samples[-1:] * len(flags.lengths)
+        babi.score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise,
+                         path=path, n_best=n_best)
+    with open(path, newline="") as file:
+        return [{key: value if key == "task" else float(value) for key, value in row.items()}
+                for row in csv.DictReader(file)]
+
+
+def report(flags, cells):
+    """Print means over the seeds and their spread; write compare.csv and compare.png."""
+    kind = "bits_per_byte" if flags.data else "accuracy"
+    spread = {}  # {(task, arm): {tokens: [a value for each seed]}}
+    for cell in cells:
+        row = spread.setdefault((cell["task"], cell["arm"]), {})
+        row.setdefault(int(cell["tokens"]), []).append(cell[kind])
+    tokens = sorted({int(cell["tokens"]) for cell in cells})
+    if flags.data:
+        tokens = tokens[-1:]
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        print(f"\n{task}, {kind.replace('_', ' ')}: mean of seeds "
+              f"{','.join(map(str, flags.seeds))} ± standard deviation")
+        print(f"{'':29}parameters  seconds" + "".join(f"{babi.shorten(n):>13}" for n in tokens))
+        for (of, name), row in spread.items():
+            if of == task:
+                own = [cell for cell in cells if cell["arm"] == name]
+                mean = sum(cell["seconds"] for cell in own) / len(own)
+                print(f"{name:29}{own[0]['parameters']:>10,} {mean:8.0f}" + "".join(
+                    f"  {statistics.mean(row[n]):.3f} ±{statistics.pstdev(row[n]):.3f}"
+                    for n in tokens))
+        for name in ("best constant", "last mentioned") if not flags.data else ():
+            found = {int(cell["tokens"]): cell[name] for cell in cells if cell["task"] == task}
+            print(f"{name:48}" + "".join(f"  {found[n]:.3f}       " for n in tokens))
+    path = os.path.join(flags.out, "compare.csv")
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, cells[0])
+        writer.writeheader()
+        writer.writerows(cells)
+    print(f"\nwritten to {path}")
+    plt = babi.matplotlib()
+    if not plt:
+        return
+    tasks = list(dict.fromkeys(task for task, _ in spread))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks) + 1.5, 4), sharey=True,
+                                squeeze=False, layout="constrained")
+    for axis, task in zip(axes[0], tasks):
+        for i, (of, name) in enumerate(spread):
+            row = spread[of, name]
+            if of == task:
+                axis.plot(list(row), [statistics.mean(values) for values in row.values()],
+                          "os^vDPX*<>"[i % 10] * (not flags.data) + "-", label=name)
+                axis.fill_between(list(row), [min(values) for values in row.values()],
+                                  [max(values) for values in row.values()], alpha=0.15)
+        if flags.data:
+            axis.set(xlabel="tokens of training", ylabel="bits per byte of held-out text")
+        else:
+            axis.set_xscale("symlog", base=2, linthresh=1024)
+            axis.set(xlabel="tokens of context", ylabel="accuracy", title=task, ylim=(0, 1.03),
+                     xticks=tokens, xticklabels=map(babi.shorten, tokens))
+        axis.minorticks_off()
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(os.path.join(flags.out, "compare.png"), dpi=130)
+    print(f"picture: {os.path.join(flags.out, 'compare.png')}")
 
 
 # --------------------------------------------------------------------------------------------
 # Set-up: whatever can be wrong is found here, before anything is written
 
 flags = parse_flags(Flags, __doc__)
+if flags.compare:
+    try:
+        compare(flags)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here")
+    except (OSError, ValueError) as error:
+        die(error)
+    sys.exit(0)
 # under torchrun this is one of `world` processes, each with its share of every batch
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 if rank:
@@ -92,9 +280,8 @@ if flags.resume:
     except (ValueError, TypeError, KeyError) as error:
         die(f"--resume: {error}")
     given = {arg[2:].split("=")[0].removeprefix("no-") for arg in sys.argv if arg[:2] == "--"}
-    free = {"device", "log_every", "save_every", "eval_samples", "eval_times", "babi_dir"}
     for name in {f.name for f in fields(Flags)} - {"resume", "out"}:
-        if name in given & free:
+        if name in given & FREE:
             continue
         if name in given and getattr(flags, name) != getattr(saved, name):
             die(f"--{name}={getattr(flags, name)} differs from the run in {flags.out} "
@@ -105,7 +292,7 @@ if flags.resume:
 COUNTS = (1, 10**9)
 LIMITS = dict(steps=COUNTS, batch_size=COUNTS, batch_tokens=COUNTS, segments=(2, 10**6),
               window=COUNTS, questions=COUNTS, warmup=(0, 10**9), log_every=COUNTS,
-              save_every=COUNTS, eval_samples=COUNTS, eval_times=COUNTS, n_layer=(1, 1000),
+              save_every=COUNTS, eval_samples=COUNTS, eval_times=(0, 10**9), n_layer=(1, 1000),
               block_size=(1 if flags.data else 32, 10**6), lr=(0, 100), muon_lr=(0, 100),
               weight_decay=(0, 100), grad_clip=(1e-9, 1e9), threshold=(0, 1), cooldown=(0, 1),
               seed=(0, 2**63 - 1))
@@ -155,6 +342,10 @@ real = {task: babi.load_babi(flags.babi_dir, task) for task in tasks} if flags.b
 
 try:
     sizes = {f.name: getattr(flags, f.name) for f in fields(LM2Config) if hasattr(flags, f.name)}
+    if flags.full_window:
+        sizes["block_size"] *= flags.window if flags.data else flags.segments
+        if flags.memory != "none":
+            raise ValueError("--full_window is for --memory=none: it leaves nothing to remember")
     config = LM2Config(encoding.n_vocab, **sizes)
 except ValueError as error:
     die(f"this model cannot be built: {error}")
@@ -501,12 +692,8 @@ def show(title, rows):
 
 def picture(rows, file):
     """Draw accuracy over context length, if matplotlib is there."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("\n(pip install matplotlib, and this ends with a picture of the table)")
+    plt = babi.matplotlib()
+    if not plt:
         return
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     lengths = [row["tokens"] for row in rows]
@@ -526,7 +713,7 @@ def picture(rows, file):
     print(f"\npicture: {file}")
 
 
-if not flags.data:
+if not flags.data and flags.eval_times:
     # where the noise is not from given texts, a book never trained on
     proof_noise = noise if books else babi.make_noise(encoding, f"proof {flags.seed}")
     trained = flags.segments * flags.block_size
