@@ -5,6 +5,7 @@
     python babilong_tiny.py --babi_dir=tasks_1-20_v1-2/en    # stories from the real bAbI files
     python babilong_tiny.py --stats                          # generated stories beside real ones
     python babilong_tiny.py --ckpt=out/ckpt.pt --tasks=all --lengths=0,1k,4k --noise=book.txt
+    python babilong_tiny.py --ckpt=out/ckpt.pt --retrieve=5  # shown five sentences of the context
 
 What is here, in the order of the file
     the world        people, places, objects, and the sentences the released bAbI v1.2 files use
@@ -12,7 +13,7 @@ What is here, in the order of the file
     the real files   a reader for bAbI's own text format
     the haystack     noise sentences, or books, and BABILong's way to hide facts among them
     the tokenizer    a tiktoken encoding of whole words, made at run time: nothing is downloaded
-    the scores       exact match, the shortcuts a model must beat, and the table of both
+    the scores       exact match, retrieval, the shortcuts a model must beat, and their table
 
 Stories follow the *released* bAbI v1.2 files (Weston et al. 2015, arXiv 1502.05698), so a model
 trained only on samples from here can be tested on the real files. Hiding follows BABILong
@@ -679,9 +680,9 @@ def hits(logits, targets):
 @torch.no_grad()
 def answered(model, tokens, targets):
     """(B,) bool: which rows (B, T) the model answers right."""
-    span, size = answer_span(targets), model.config.block_size
-    if not model.n_banks:  # without a memory nothing before the segment before can matter
-        tokens = tokens[:, max(0, (tokens.size(1) - span) // size - 1) * size:]
+    span = answer_span(targets)
+    if not model.n_banks:  # without a memory it is shown all that its window can hold
+        tokens = tokens[:, -max(model.config.block_size, span):]
     logits = model(tokens.to(model.device), last=span)[0]
     return hits(logits.cpu(), targets[:, -span:])
 
@@ -732,7 +733,7 @@ def shortcuts(task, samples):
 
 
 def split(text):
-    """The sentences of a context; its last may have been cut short."""
+    """The sentences of a context. What was cut short and has no end goes with the next one."""
     return [found.strip() for found in re.findall(r"[^.?!]*[.?!]|[^.?!]+$", text)]
 
 
@@ -811,8 +812,8 @@ def score_table(model, encoding, samples, lengths, noise, seed=0, path=None, n_b
     """
     cells, notes = {}, []
     print("\nexact match ± standard error")
-    print("length  " + "".join(f"{shorten(length):>15}" for length in lengths))
-    print("samples " + "".join(f"{count:15}" for count in lengths.values()), flush=True)
+    print("length  " + "".join(f"{shorten(length):>14}" for length in lengths))
+    print("samples " + "".join(f"{count:14}" for count in lengths.values()), flush=True)
     for task in samples:
         print(f"{task:8}", end="", flush=True)
         for length, count in lengths.items():
@@ -899,7 +900,7 @@ def span(text):
 def token_counts(text):
     """"0,1k,4096" as (0, 1024, 4096)."""
     if not re.fullmatch(r"\d{1,9}k?(,\d{1,9}k?)*", text.lower()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of tokens like 0,1k,4096")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0,1k,4096")
     return tuple(int(part.rstrip("k")) * (1024 if part[-1] == "k" else 1)
                  for part in text.lower().split(","))
 
@@ -927,10 +928,14 @@ def parse_flags(config_class, description, argv=None):
 
 def as_flags(config):
     """The command-line flags that make `parse_flags` give this dataclass."""
-    changed = {f.name: getattr(config, f.name) for f in fields(config)
-               if getattr(config, f.name) != f.default}
-    return [f"--{name}={value}" if not isinstance(value, bool) else
-            f"--{'' if value else 'no-'}{name}" for name, value in changed.items()]
+    given = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value != f.default:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            given.append(f"--{f.name}={text}" if not isinstance(value, bool) else
+                         f"--{f.name}" if value else f"--no-{f.name}")
+    return given
 
 
 def matplotlib():

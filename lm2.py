@@ -320,7 +320,7 @@ class Block(nn.Module):
         self.write = MemoryWrite(config) if memory else None
 
     def forward(self, x, memory, cache, causal=True):
-        """x (B, T, d), memory (B, N, d) -> (B, T, d). Does not change the memory."""
+        """x (B, T, d), memory (B, N, d) or None -> (B, T, d). Does not change the memory."""
         e = self.attention_norm(x)
         x = x + self.attention(e, cache, causal)       # E_attn: the original path, untouched
         if self.read:
@@ -361,8 +361,8 @@ class LM2(nn.Module):
         embedding      normal, std 1 / sqrt(d): the tied head's logits start with variance 1
         norms          1
         gate biases    0, the forget gate 2: a bank that keeps most at first gets its gradient far
-        addresses      normal, std 0.1: small beside the slots' norm of sqrt(d), or the tokens learn
-                       to read by slot number instead of by what a slot says
+        addresses      normal, std 0.1, and so RMT's: small beside the slots' norm of sqrt(d), or the
+                       tokens learn to read by slot number instead of by what a slot says
         local mixer    the token itself 1, those before it normal with std 0.3
         """
         for name, p in self.named_parameters():
@@ -390,7 +390,7 @@ class LM2(nn.Module):
         return Memory(self.start.expand(batch_size, self.n_banks, -1, -1), tail)
 
     def empty_cache(self):
-        """For each block a dictionary of the segment's keys, values and outputs so far."""
+        """For each block a dictionary of the segment's keys, values and outputs so far (lm2)."""
         return [{} for _ in self.blocks]
 
     def run_segment(self, tokens, memory, cache):
@@ -406,11 +406,15 @@ class LM2(nn.Module):
             x = self.memory_tokens.read(x, memory.banks[:, 0])
         for i, block in enumerate(self.blocks):
             x = block(x, memory.banks[:, i] if block.read else None, cache[i])
-            extend(cache[i], "output", x, 1)
+            if block.write:
+                extend(cache[i], "output", x, 1)
         return x[:, -tokens.size(1):], Memory(memory.banks, tail)
 
     def write_memory(self, memory, cache):
-        """Every block writes its bank once, from its own output over the whole segment."""
+        """After a segment: the memory with its banks (B, K, N, d) written once, as its cache says.
+
+        Every block writes its bank from its own output; RMT's one bank runs through all blocks.
+        """
         if not self.n_banks:
             return memory
         if self.memory_tokens:

@@ -197,7 +197,8 @@ class Recorder:
 
     def watch(self):
         self.start_segment()
-        self.hooks = [self.model.embedding.register_forward_hook(self.saw_tokens)]
+        self.hooks = [self.model.embedding.register_forward_hook(self.saw_tokens)
+                      for _ in self.blocks[:1]]
         for i, block in enumerate(self.blocks):
             self.hooks += [block.read.register_forward_hook(self.saw_read(i)),
                            block.write.register_forward_hook(self.saw_write(i))]
@@ -460,7 +461,7 @@ def study(model, encoding, picture):
             row = [shares[question, bank, fact] for bank in banks]
             print(f"  {fact:30}" + "".join(f"{share:19.2f}" for share in row))
         print(f"  {'answer':30}" + "".join(f"{answers[question, bank]:>19}" for bank in banks))
-    print("\nof what the question's last token reads, the share that was written at each fact's words"
+    print("\nof what the question's last token reads, the share written at each fact's words"
           "\n(at noise: a later word of its segment, where attention had gathered the fact)")
     plt = babi.matplotlib()
     if not plt:
@@ -590,7 +591,7 @@ def show_memory(encoding, recorder):
                 lines += 1
                 print(f"  block {i + 1}, slot {slot:2}: {' | '.join(words)}")
     if not lines:
-        print("  nothing to trace: a bank is written when a segment is full")
+        print("  nothing to trace: an LM2's bank is written when a segment is full")
 
 
 def chat(reader, encoding, tasks, clean, recorder):
@@ -672,7 +673,7 @@ def main():
     except (KeyError, TypeError):
         die(f"{flags.ckpt} does not say what it was trained on; train it anew")
     if (flags.show or flags.html or flags.study) and not any(block.read for block in model.blocks):
-        die(f"{flags.ckpt} has no memory to look at")
+        die(f"{flags.ckpt} has no memory to look at: an LM2's banks can be traced")
     clean = tidy if tasks else str
 
     torch.manual_seed(flags.seed)

@@ -775,15 +775,13 @@ def test_scores_are_what_generation_says(tiny):
         assert right == (said[:len(answer)] == answer)
 
 
-def test_without_a_memory_only_the_last_segments_are_read():
+def test_without_a_memory_the_model_is_shown_what_its_window_holds():
     model, tokens = random_model(memory="none"), random_tokens(B=20, T=18)
-    for targets_from in (1, 5, 12, 15, 16):
-        targets = tokens.roll(-1, 1)
-        targets[:, :targets_from] = targets[:, -1:] = -1
-        guess = model(tokens)[0].argmax(-1)
-        targets[:10, targets_from:-1] = guess[:10, targets_from:-1]
-        expected = ((guess == targets) | (targets < 0)).all(1)
-        assert torch.equal(babi.answered(model, tokens, targets), expected)
+    for span in (1, 3, 4, 7):
+        targets = torch.full_like(tokens, -1)
+        guess = model(tokens[:, -max(4, span):])[0].argmax(-1)[:, -span:]
+        targets[:10, -span:], targets[10:, -span:] = guess[:10], (guess[10:] + 1) % 11
+        assert babi.answered(model, tokens, targets).tolist() == [True] * 10 + [False] * 10
 
 
 def test_retrieval_finds_the_sentences_that_name_what_is_asked():
@@ -862,6 +860,9 @@ def test_samples_are_printed_with_their_support_marked():
     ("train.py", ["--noise={tmp}/nowhere.txt"], "nowhere.txt"),
     ("train.py", ["--memory=rmt", "--full_window"], "--full_window"),
     ("train.py", ["--compare=text"], "--data"),
+    ("train.py", ["--compare=parts", "--memory=rmt"], "--memory"),
+    ("train.py", ["--compare=memory", "--samples=0"], "--samples"),
+    ("train.py", ["--compare=memory", "--lengths=0,9"], "--lengths"),
     ("train.py", ["--compare=memory", "--babi_dir={tmp}/babi"], "line 2"),
     ("babilong_tiny.py", ["--task=qa99"], "qa99"),
     ("babilong_tiny.py", ["--noise={tmp}/noise.bin"], "UTF-8"),
@@ -903,19 +904,22 @@ def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path, mon
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_a_comparison_trains_every_arm_once_and_goes_on_where_it_was(tmp_path):
+def test_a_comparison_trains_every_arm_once_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     out = ["train.py", "--compare=memory", *TINY, "--steps=3", "--seeds=7", "--lengths=0,256",
            "--samples=6", f"--out={tmp_path}/c"]
     first = run(*out)
     arms = ("LM2", "RMT", "vanilla", "vanilla, retrieval", "vanilla, full window")
     assert all(re.search(rf"(?m)^{arm} +[\d,]+ +\d+  \d", first) for arm in arms)
-    with open(tmp_path / "c" / "compare.csv") as file:
+    with open(tmp_path / "c" / "memory.csv") as file:
         cells = list(csv.DictReader(file))
     assert len(cells) == len(arms) * 2 and "best constant" in cells[0]
-    os.remove(tmp_path / "c" / "RMT-7" / "scores.csv")
+    for path in (tmp_path / "c" / "RMT-7").glob("scores-*.csv"):
+        path.unlink()
     again = run(*out)
     assert "steps, contexts" not in again and again.count("exact match") == 1
     assert again[again.index("\nqa1, accuracy"):] == first[first.index("\nqa1, accuracy"):]
+    other = [flag for flag in out if not flag.startswith("--steps")]
+    assert "--steps=3, not 9" in refused(monkeypatch, capsys, *other, "--steps=9")
     text = tmp_path / "book.txt"
     text.write_text("It was a dark and stormy night; the rain fell in torrents. " * 200)
     told = run("train.py", "--compare=text", *TINY, f"--data={text}", "--steps=3", "--seeds=0",

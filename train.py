@@ -7,10 +7,11 @@
     python train.py --resume                 # go on exactly where a stopped run was
     python train.py --compare=memory         # LM2 against its rivals; also: parts, text
 
-The file reads from top to bottom: flags, comparisons, set-up, data, model, the loop, the proof.
+The file reads from top to bottom: flags, set-up, comparisons, data, model, the loop, the proof.
 Ctrl-C saves and ends; everything a run writes lies in the folder `--out`.
 """
 import csv
+import itertools
 import math
 import os
 import random
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 import babilong_tiny as babi
-from babilong_tiny import as_flags, die, flag, parse_flags
+from babilong_tiny import die, flag, parse_flags
 from lm2 import LM2, LM2Config, load_checkpoint
 
 
@@ -89,184 +90,14 @@ class Flags:
 
 
 # flags that change nothing in what is learned
-FREE = {"device", "log_every", "save_every", "eval_samples", "eval_times", "babi_dir"}
-
-
-# --------------------------------------------------------------------------------------------
-# Comparisons: several runs of this script that differ in a flag or two, and one table
-
-def arms(flags):
-    """{name: what it changes} for the models of a comparison."""
-    depths = {"memory in all blocks": {}} | {
-        f"memory in the first {k}": {"memory_layers": k}
-        for k in dict.fromkeys((flags.n_layer // 2, 1)) if 0 < k < flags.n_layer}
-    if flags.compare == "memory":
-        return {"LM2": {}, "RMT": {"memory": "rmt"}, "vanilla": {"memory": "none"},
-                "vanilla, full window": {"memory": "none", "full_window": True}}
-    if flags.compare == "parts":
-        return depths | {
-            "memory in no block": {"memory": "none"}, "no output gate": {"output_gate": False},
-            "no input gate": {"input_gate": False}, "no forget gate": {"forget_gate": False},
-            "no slot addresses": {"address": False}, "no local mixer": {"conv": 0},
-            **{f"{n} slots": {"memory_slots": n} for n in (1, 4, 16, 64)
-               if n != flags.memory_slots}}
-    wide = {"memory": "none", "n_embd": even_width(flags)}
-    return depths | {"vanilla": {"memory": "none"}, "vanilla, as many parameters": wide}
-
-
-def even_width(flags):
-    """The width at which the decoder alone has about as many parameters as the LM2 of `flags`."""
-    vocab = 3000
-
-    def count(**changes):
-        names = {f.name for f in fields(LM2Config)} & {f.name for f in fields(Flags)}
-        sizes = {name: getattr(flags, name) for name in names} | changes
-        with torch.device("meta"):
-            return sum(p.numel() for p in LM2(LM2Config(vocab, **sizes)).parameters())
-
-    step = 2 * flags.n_head
-    return min(range(flags.n_embd, 3 * flags.n_embd, step),
-               key=lambda width: abs(count(memory="none", n_embd=width) - count()))
-
-
-def compare(flags):
-    """Train and score every arm with every seed. What is done already is not done again."""
-    jobs = [(name, changes, seed) for seed in flags.seeds for name, changes in arms(flags).items()]
-    if bool(flags.data) != (flags.compare == "text"):
-        die("--compare=text needs a text: --data=book.txt; the others have none")
-    samples = {} if flags.data else babi.test_samples(
-        babi.parse_tasks(flags.task), max(flags.samples), flags.babi_dir)
-    spent, cells = [], []
-    for number, (name, changes, seed) in enumerate(jobs):
-        out = os.path.join(flags.out, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
-        arm = replace(flags, compare="", seeds=Flags.seeds, lengths=Flags.lengths,
-                      samples=Flags.samples, babi_dir="", eval_times=0, seed=seed, out=out,
-                      **changes)
-        left = f"; about {statistics.mean(spent) * (len(jobs) - number) / 60:.0f} minutes left" \
-            if spent else ""
-        print(f"\n[{number + 1}/{len(jobs)}] {name}, seed {seed}{left}", flush=True)
-        cells += run_arm(flags, arm, name, samples)
-        spent.append(cells[-1]["seconds"])
-    report(flags, cells)
-
-
-def run_arm(flags, arm, name, samples):
-    """Train one arm to its end, unless it is there; returns its cells of the table."""
-    ckpt = os.path.join(arm.out, "ckpt.pt")
-    if not os.path.exists(ckpt) or load_checkpoint(ckpt)["train"]["step"] < arm.steps:
-        arm.resume = os.path.exists(ckpt)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run
-        command = [sys.executable, os.path.abspath(__file__), *as_flags(arm)]
-        code = subprocess.run(command).returncode
-        signal.signal(signal.SIGINT, before)
-        if code or load_checkpoint(ckpt)["train"]["step"] < arm.steps:
-            print("stopped; the same command goes on from here")
-            sys.exit(code)
-    checkpoint = load_checkpoint(ckpt)
-    saved = checkpoint["train"]["flags"]
-    for key, value in asdict(arm).items():
-        if key not in FREE | {"resume", "out"} and saved[key] != value:
-            die(f"{arm.out} was trained with --{key}={saved[key]}, not {value}; "
-                "choose another --out")
-    model, encoding = LM2.load(ckpt, babi.find_device(flags.device))
-    about = {"arm": name, "seed": arm.seed, "seconds": round(checkpoint["train"]["seconds"]),
-             "parameters": sum(p.numel() for p in model.parameters())}
-    if flags.data:
-        window = flags.window * flags.block_size
-        per_step = max(1, min(flags.batch_size, flags.batch_tokens // window)) * window
-        with open(os.path.join(arm.out, "log.csv"), newline="") as file:
-            return [about | {"task": "text", "tokens": int(row["step"]) * per_step,
-                             "bits_per_byte": float(row["bits_per_byte"])}
-                    for row in csv.DictReader(file)]
-    cells = scores(flags, model, encoding, samples, os.path.join(arm.out, "scores.csv"))
-    about["stage"] = "/".join(str(stage) for stage in checkpoint["train"]["stage"].values())
-    if name == "vanilla":  # the paper's RAG row
-        cells += [cell | {"arm": "vanilla, retrieval"} for cell in scores(
-            flags, model, encoding, samples, os.path.join(arm.out, "retrieval.csv"), n_best=5)]
-    return [about | cell for cell in cells]
-
-
-def scores(flags, model, encoding, samples, path, n_best=0):
-    """The cells of a model's table of scores, read from `path` or made and written there."""
-    if not os.path.exists(path):
-        books = [book for book in flags.noise.split(",") if book]
-        noise = babi.book_noise(encoding, books) if books else babi.make_noise(encoding, "compare")
-        counts = flags.samples + flags.samples[-1:] * len(flags.lengths)
-        babi.score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise,
-                         path=path, n_best=n_best)
-    with open(path, newline="") as file:
-        return [{key: value if key == "task" else float(value) for key, value in row.items()}
-                for row in csv.DictReader(file)]
-
-
-def report(flags, cells):
-    """Print means over the seeds and their spread; write compare.csv and compare.png."""
-    kind = "bits_per_byte" if flags.data else "accuracy"
-    spread = {}  # {(task, arm): {tokens: [a value for each seed]}}
-    for cell in cells:
-        row = spread.setdefault((cell["task"], cell["arm"]), {})
-        row.setdefault(int(cell["tokens"]), []).append(cell[kind])
-    tokens = sorted({int(cell["tokens"]) for cell in cells})
-    if flags.data:
-        tokens = tokens[-1:]
-    for task in dict.fromkeys(cell["task"] for cell in cells):
-        print(f"\n{task}, {kind.replace('_', ' ')}: mean of seeds "
-              f"{','.join(map(str, flags.seeds))} ± standard deviation")
-        print(f"{'':29}parameters  seconds" + "".join(f"{babi.shorten(n):>13}" for n in tokens))
-        for (of, name), row in spread.items():
-            if of == task:
-                own = [cell for cell in cells if cell["arm"] == name]
-                mean = sum(cell["seconds"] for cell in own) / len(own)
-                print(f"{name:29}{own[0]['parameters']:>10,} {mean:8.0f}" + "".join(
-                    f"  {statistics.mean(row[n]):.3f} ±{statistics.pstdev(row[n]):.3f}"
-                    for n in tokens))
-        for name in ("best constant", "last mentioned") if not flags.data else ():
-            found = {int(cell["tokens"]): cell[name] for cell in cells if cell["task"] == task}
-            print(f"{name:48}" + "".join(f"  {found[n]:.3f}       " for n in tokens))
-    path = os.path.join(flags.out, "compare.csv")
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, cells[0])
-        writer.writeheader()
-        writer.writerows(cells)
-    print(f"\nwritten to {path}")
-    plt = babi.matplotlib()
-    if not plt:
-        return
-    tasks = list(dict.fromkeys(task for task, _ in spread))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks) + 1.5, 4), sharey=True,
-                                squeeze=False, layout="constrained")
-    for axis, task in zip(axes[0], tasks):
-        for i, (of, name) in enumerate(spread):
-            row = spread[of, name]
-            if of == task:
-                axis.plot(list(row), [statistics.mean(values) for values in row.values()],
-                          "os^vDPX*<>"[i % 10] * (not flags.data) + "-", label=name)
-                axis.fill_between(list(row), [min(values) for values in row.values()],
-                                  [max(values) for values in row.values()], alpha=0.15)
-        if flags.data:
-            axis.set(xlabel="tokens of training", ylabel="bits per byte of held-out text")
-        else:
-            axis.set_xscale("symlog", base=2, linthresh=1024)
-            axis.set(xlabel="tokens of context", ylabel="accuracy", title=task, ylim=(0, 1.03),
-                     xticks=tokens, xticklabels=map(babi.shorten, tokens))
-        axis.minorticks_off()
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(os.path.join(flags.out, "compare.png"), dpi=130)
-    print(f"picture: {os.path.join(flags.out, 'compare.png')}")
-
+FREE = {"resume", "out", "device", "log_every", "save_every", "eval_samples", "eval_times",
+        "babi_dir", "compare", "seeds", "lengths", "samples"}
 
 # --------------------------------------------------------------------------------------------
 # Set-up: whatever can be wrong is found here, before anything is written
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the set-up without further words
 flags = parse_flags(Flags, __doc__)
-if flags.compare:
-    try:
-        compare(flags)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here")
-    except (OSError, ValueError) as error:
-        die(error)
-    sys.exit(0)
 # under torchrun this is one of `world` processes, each with its share of every batch
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 if rank:
@@ -349,6 +180,177 @@ try:
     config = LM2Config(encoding.n_vocab, **sizes)
 except ValueError as error:
     die(f"this model cannot be built: {error}")
+
+# --------------------------------------------------------------------------------------------
+# Comparisons: several runs of this script that differ in a flag or two, and one table
+
+def arms():
+    """{name: flags that differ} of the models of a comparison."""
+    vanilla, layers = {"memory": "none"}, flags.n_layer
+    depths = {"memory in all blocks": {}} | {
+        f"memory in the first {k}": {"memory_layers": k}
+        for k in dict.fromkeys((layers // 2, 1)) if 0 < k < layers}
+    if flags.compare == "memory":
+        return {"LM2": {}, "RMT": {"memory": "rmt"}, "vanilla": vanilla,
+                "vanilla, full window": vanilla | {"full_window": True}}
+    if flags.compare == "parts":
+        return depths | {
+            "memory in no block": vanilla, "no output gate": {"output_gate": False},
+            "no input gate": {"input_gate": False}, "no forget gate": {"forget_gate": False},
+            "no slot addresses": {"address": False}, "no local mixer": {"conv": 0},
+            **{f"{n} slots": {"memory_slots": n} for n in (1, 4, 16, 64)
+               if n != flags.memory_slots}}
+
+    def count(**changes):
+        with torch.device("meta"):
+            return sum(p.numel() for p in LM2(replace(config, **changes)).parameters())
+
+    widths = range(flags.n_embd, 3 * flags.n_embd, 2 * flags.n_head)
+    width = min(widths, key=lambda width: abs(count(**vanilla, n_embd=width) - count()))
+    return depths | {"vanilla": vanilla,
+                     "vanilla, as many parameters": vanilla | {"n_embd": width}}
+
+
+def compare():
+    """Train and score every arm with every seed. What is done already is not done again."""
+    for name in ("memory", "memory_layers", "full_window", "output_gate", "input_gate",
+                 "forget_gate", "address", "seed", "resume"):
+        if getattr(flags, name) != getattr(Flags, name):
+            die(f"--{name} cannot be given: --compare sets it")
+    if world > 1 or bool(text) != (flags.compare == "text"):
+        die("--compare runs in one process, text with --data=book.txt and the others without")
+    if min(flags.samples) < 1:
+        die("--samples must be at least 1")
+    samples = {} if text else babi.test_samples(tasks, max(flags.samples), flags.babi_dir)
+    for task, made in samples.items():
+        least = min(len(babi.to_tokens(sample, encoding)[0]) for sample in made)
+        if not least <= min(n or least for n in flags.lengths):
+            die(f"--lengths: the shortest sample of {task} has {least} tokens (0 = no noise)")
+    variants, spent, cells = arms(), [], []
+    jobs = list(itertools.product(dict.fromkeys(flags.seeds), variants))
+    for number, (seed, name) in enumerate(jobs):
+        left = statistics.mean(spent or [0]) * (len(jobs) - number)
+        print(f"\n[{number + 1}/{len(jobs)}] {name}, seed {seed}"
+              + f"; about {left / 60:.0f} minutes left" * bool(spent), flush=True)
+        out = os.path.join(flags.out, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
+        arm = replace(flags, compare="", babi_dir="", eval_times=0, seed=seed, out=out,
+                      **variants[name])
+        cells += run_arm(arm, name, samples)
+        spent.append(cells[-1]["seconds"])
+        if (number + 1) % len(variants) == 0:
+            report(cells)
+
+
+def run_arm(arm, name, samples):
+    """Train one arm to its end, unless it is there; returns its cells of the table."""
+    ckpt, steps = os.path.join(arm.out, "ckpt.pt"), 0
+    if os.path.exists(ckpt):
+        saved, arm.resume = load_checkpoint(ckpt)["train"], True
+        steps = saved["step"]
+        for key, value in asdict(arm).items():
+            if key not in FREE and saved["flags"].get(key) != value:
+                die(f"{arm.out} was trained with --{key}={saved['flags'].get(key)}, not {value}; "
+                    "choose another --out")
+    if steps < arm.steps:
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the run
+        command = [sys.executable, os.path.abspath(__file__), *babi.as_flags(arm)]
+        code = subprocess.run(command).returncode
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if code > 0:
+            sys.exit(code)
+        if code < 0 or load_checkpoint(ckpt)["train"]["step"] < arm.steps:
+            raise KeyboardInterrupt
+    saved, (model, _) = load_checkpoint(ckpt)["train"], LM2.load(ckpt, device)
+    about = {"arm": name, "seed": arm.seed, "seconds": round(saved["seconds"]),
+             "parameters": sum(p.numel() for p in model.parameters())}
+    if text:
+        window = flags.window * flags.block_size
+        per_step = max(1, min(flags.batch_size, flags.batch_tokens // window)) * window
+        with open(os.path.join(arm.out, "log.csv"), newline="") as file:
+            return [about | {"task": "text", "tokens": int(row["step"]) * per_step,
+                             "bits_per_byte": float(row["bits_per_byte"])}
+                    for row in csv.DictReader(file)]
+    about["stages"] = "/".join(str(stage) for stage in saved["stage"].values())
+    cells = []
+    for n_best in (0, 5) if name == "vanilla" else (0,):  # with retrieval: the paper's RAG row
+        asked = zlib.crc32(repr((flags.lengths, flags.samples, flags.babi_dir, flags.noise, n_best,
+                                 saved["seconds"])).encode())
+        path = os.path.join(arm.out, f"scores-{asked:08x}.csv")
+        if not os.path.exists(path):
+            counts = flags.samples + flags.samples[-1:] * len(flags.lengths)
+            babi.score_table(model, encoding, samples, dict(zip(flags.lengths, counts)),
+                             babi.load_noise(flags.noise, encoding, "compare"), path=path,
+                             n_best=n_best)
+        with open(path, newline="") as file:
+            cells += [about | {"arm": name + ", retrieval" * bool(n_best)}
+                      | {key: value if key == "task" else float(value)
+                         for key, value in row.items()} for row in csv.DictReader(file)]
+    return cells
+
+
+def report(cells):
+    """Print means over the seeds and their standard deviation; write a CSV and a picture."""
+    kind = "bits_per_byte" if text else "accuracy"
+    spread = {}  # {task: {arm: {tokens: [a value for each seed]}}}
+    for cell in cells:
+        row = spread.setdefault(cell["task"], {}).setdefault(cell["arm"], {})
+        row.setdefault(int(cell["tokens"]), []).append(cell[kind])
+    lengths = sorted({int(cell["tokens"]) for cell in cells})
+    for task, rows in spread.items():
+        shown = lengths[-1:] if text else lengths
+        print(f"\n{task}, {kind.replace('_', ' ')}: mean of seeds "
+              f"{', '.join(str(seed) for seed in dict.fromkeys(cell['seed'] for cell in cells))}"
+              f" ± standard deviation\n{'':29}parameters  seconds"
+              + "".join(f"{babi.shorten(n):>14}" for n in shown))
+        for name, row in rows.items():
+            own = [cell for cell in cells if cell["arm"] == name]
+            seconds = statistics.mean(cell["seconds"] for cell in own)
+            print(f"{name:29}{own[0]['parameters']:>10,} {seconds:8.0f}" + "".join(
+                f"  {statistics.mean(row[n]):.3f}" + (
+                    f" ±{statistics.stdev(row[n]):.3f}" if len(row[n]) > 1 else " " * 7)
+                for n in shown))
+        for name in ("best constant", "last mentioned") if not text else ():
+            found = {int(cell["tokens"]): cell[name] for cell in cells if cell["task"] == task}
+            print(f"{name:48}" + "".join(f"  {found[n]:.3f}       " for n in shown))
+    path = os.path.join(flags.out, flags.compare)
+    with open(path + ".csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, cells[0])
+        writer.writeheader()
+        writer.writerows(cells)
+    print(f"\nwritten to {path}.csv", flush=True)
+    plt = babi.matplotlib()
+    if not plt:
+        return
+    figure, axes = plt.subplots(1, len(spread), figsize=(5.5 * len(spread) + 1.5, 4), sharey=True,
+                                squeeze=False, layout="constrained")
+    for axis, (task, rows) in zip(axes[0], spread.items()):
+        for i, (name, row) in enumerate(rows.items()):
+            axis.plot(list(row), [statistics.mean(values) for values in row.values()],
+                      "-" if text else "-" + "os^vDPX*<>hd"[i % 12], label=name)
+            axis.fill_between(list(row), [min(values) for values in row.values()],
+                              [max(values) for values in row.values()], alpha=0.15)
+        if text:
+            axis.set(xlabel="tokens of training", ylabel="bits per byte of held-out text")
+        else:
+            axis.set_xscale("symlog", base=2, linthresh=1024)
+            axis.set(xlabel="tokens of context", ylabel="accuracy", title=task, ylim=(0, 1.03),
+                     xticks=lengths, xticklabels=[babi.shorten(n) for n in lengths])
+        axis.minorticks_off()
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path + ".png", dpi=130)
+    plt.close(figure)
+    print(f"picture: {path}.png", flush=True)
+
+
+if flags.compare:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        compare()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here")
+    except (OSError, ValueError) as error:
+        die(error)
+    sys.exit(0)
 
 # --------------------------------------------------------------------------------------------
 # Data: every batch is a function of (seed, step, stage), so a resumed run sees the same ones
