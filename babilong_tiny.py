@@ -634,12 +634,14 @@ def answer_text(answer):
     return f" {answer}."
 
 
-def to_tokens(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0, 1.0)):
+def to_tokens(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0, 1.0),
+              bare=False):
     """(tokens, targets) of one sample: context, then questions with their answers.
 
     `targets` holds the next token where it belongs to an answer, -1 everywhere else. With a
     `length` the facts are hidden in noise and there are exactly `length` tokens in all; without
-    one there is no noise (BABILong's 0K). Raises ValueError if the facts do not fit.
+    one there is no noise (BABILong's 0K). A `bare` sample has its noise behind the questions
+    instead, where it hides nothing. Raises ValueError if the facts do not fit.
     """
     end, scored = [], []
     for question in sample.questions:
@@ -648,13 +650,13 @@ def to_tokens(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0
         end += asked + answer
         scored += [False] * len(asked) + [True] * len(answer)
     facts = [encode(encoding, f" {fact}") for fact in sample.facts]
-    if length is None:
-        context = [token for fact in facts for token in fact]
-    else:
-        context = hide(facts, length - len(end), noise, rng, facts_in)
-    tokens = context + end
-    targets = [-1] * len(context) + [t if s else -1 for t, s in zip(end, scored)]
-    return tokens, targets[1:] + [-1]
+    story, behind = [token for fact in facts for token in fact], []
+    if bare:
+        behind = hide([], length - len(story) - len(end), noise, rng)
+    elif length is not None:
+        story = hide(facts, length - len(end), noise, rng, facts_in)
+    targets = [-1] * len(story) + [t if s else -1 for t, s in zip(end, scored)]
+    return story + end + behind, targets[1:] + [-1] * (len(behind) + 1)
 
 
 def stack(pairs):

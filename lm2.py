@@ -361,8 +361,8 @@ class LM2(nn.Module):
         embedding      normal, std 1 / sqrt(d): the tied head's logits start with variance 1
         norms          1
         gate biases    0, the forget gate 2: a bank that keeps most at first gets its gradient far
-        addresses      normal, std 0.1, and so RMT's: small beside the slots' norm of sqrt(d), or the
-                       tokens learn to read by slot number instead of by what a slot says
+        addresses      normal, std 0.1 (RMT's as well): small beside the slots' norm of sqrt(d), or
+                       the tokens learn to read by slot number instead of by what a slot says
         local mixer    the token itself 1, those before it normal with std 0.3
         """
         for name, p in self.named_parameters():

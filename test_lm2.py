@@ -522,6 +522,20 @@ def test_noise_from_a_book_comes_in_order_without_short_sentences_and_lookalikes
     assert len(babi.to_tokens(sample, encoding, 777, noise, rng)[0]) == 777
 
 
+def test_a_bare_sample_has_its_noise_behind_the_questions():
+    encoding, rng = babi.word_encoding(), random.Random(0)
+    noise = babi.make_noise(encoding, 0)
+    for n_questions in (1, 4):
+        sample = babi.make_sample("qa1", rng, n_questions)
+        story, _ = babi.to_tokens(sample, encoding)
+        tokens, targets = babi.to_tokens(sample, encoding, len(story) + 30, noise, rng, bare=True)
+        assert tokens[:len(story)] == story and len(tokens) == len(targets) == len(story) + 30
+        assert all(target in (-1, after) for target, after in zip(targets, tokens[1:]))
+        assert max(i for i, target in enumerate(targets) if target >= 0) == len(story) - 2
+        with pytest.raises(ValueError):
+            babi.to_tokens(sample, encoding, len(story) - 1, noise, rng, bare=True)
+
+
 def test_the_tokenizer_gives_any_text_back():
     encoding = babi.word_encoding(babi.count_words(["Call me Ishmael. Call me again."]))
     for text in (" Mary went home.", "na\u00efve \u6f22\u5b57 \U0001f600\r\n\t", "", "a  b"):

@@ -300,18 +300,18 @@ def report(cells):
         shown = lengths[-1:] if text else lengths
         print(f"\n{task}, {kind.replace('_', ' ')}: mean of seeds "
               f"{', '.join(str(seed) for seed in dict.fromkeys(cell['seed'] for cell in cells))}"
-              f" ± standard deviation\n{'':29}parameters  seconds"
+              f" ± standard deviation\n{'':27}parameters  seconds"
               + "".join(f"{babi.shorten(n):>14}" for n in shown))
         for name, row in rows.items():
             own = [cell for cell in cells if cell["arm"] == name]
             seconds = statistics.mean(cell["seconds"] for cell in own)
-            print(f"{name:29}{own[0]['parameters']:>10,} {seconds:8.0f}" + "".join(
+            print(f"{name:27}{own[0]['parameters']:>10,} {seconds:8.0f}" + "".join(
                 f"  {statistics.mean(row[n]):.3f}" + (
                     f" ±{statistics.stdev(row[n]):.3f}" if len(row[n]) > 1 else " " * 7)
                 for n in shown))
         for name in ("best constant", "last mentioned") if not text else ():
             found = {int(cell["tokens"]): cell[name] for cell in cells if cell["task"] == task}
-            print(f"{name:48}" + "".join(f"  {found[n]:.3f}       " for n in shown))
+            print(f"{name:46}" + "".join(f"  {found[n]:.3f}       " for n in shown))
     path = os.path.join(flags.out, flags.compare)
     with open(path + ".csv", "w", newline="") as file:
         writer = csv.DictWriter(file, cells[0])
@@ -332,6 +332,9 @@ def report(cells):
         if text:
             axis.set(xlabel="tokens of training", ylabel="bits per byte of held-out text")
         else:
+            guess = {int(cell["tokens"]): cell["last mentioned"] for cell in cells
+                     if cell["task"] == task}
+            axis.plot(list(guess), list(guess.values()), "k:", linewidth=1, label="last mentioned")
             axis.set_xscale("symlog", base=2, linthresh=1024)
             axis.set(xlabel="tokens of context", ylabel="accuracy", title=task, ylim=(0, 1.03),
                      xticks=lengths, xticklabels=[babi.shorten(n) for n in lengths])
@@ -372,7 +375,8 @@ def story_batch(step, stages):
     others, of 4 to `stage` segments, the bank must hold the facts for long.
     Lengths are mostly no multiple of a segment, as in life. Half the samples spread their facts
     over the whole context, half put them in its first part, so that the bank must hold them while
-    noise alone goes by.
+    noise alone goes by. Of several tasks, every fifth row is a bare story, as at 0K: a mixture
+    does not learn those along.
     """
     rng = random.Random(f"{flags.seed} {step}")
     stage = stages[rng.choice(tasks)]
@@ -391,8 +395,9 @@ def story_batch(step, stages):
         most = 4 * max(1, stage - 1) if stage < 4 else 1000  # facts in a story
         sample = babi.make_sample(task, rng, flags.questions, min(most, max(4, length // 8)))
         until = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
+        bare = len(tasks) > 1 and rng.random() < 0.2
         try:
-            pairs.append(babi.to_tokens(sample, encoding, length, noise, rng, (0.0, until)))
+            pairs.append(babi.to_tokens(sample, encoding, length, noise, rng, (0.0, until), bare))
             names.append(task)
         except ValueError:  # this story does not fit here; the next may
             refused[task] += 1
@@ -435,17 +440,30 @@ optimizers = model.optimizer(flags.lr, flags.muon_lr, flags.weight_decay)
 
 
 class Loss(torch.nn.Module):
-    """The model's logits and loss without its memory, which has no gradient when a step ends."""
+    """Logits at the targets (-1: none) of this process's rows, and the sum of their losses.
+
+    Tasks differ in how many questions a story allows. In a mixture the loss of a row with n targets
+    has a weight of n ** -0.5 each, or the tasks with many would have nearly all of the gradient.
+    """
 
     def __init__(self):
         super().__init__()
-        self.model = model
+        self.model, self.power = model, 0.5 if len(tasks) > 1 else 0.0
 
     def forward(self, tokens, targets, span):
-        return self.model(tokens, targets, last=span, scored_only=True)[:2]
+        logits = self.model(tokens, targets, last=span, scored_only=True)[0]
+        scored = targets[:, -span:] >= 0
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets[:, -span:][scored],
+                                                   reduction="none")
+        return logits, (losses * self.weights(targets)[:, -span:][scored]).sum()
+
+    def weights(self, targets):
+        """(B, T): the weight of each target's loss, 0 where there is none."""
+        scored = (targets >= 0).float()
+        return scored * scored.sum(1, keepdim=True).clamp(min=1.0) ** -self.power
 
 
-compute = Loss()
+compute = loss_of = Loss()
 if world > 1:  # averages the gradients of all processes; in a single segment no write is used
     compute = torch.nn.parallel.DistributedDataParallel(
         compute, find_unused_parameters=not flags.data or flags.window == 1)
@@ -555,7 +573,7 @@ while state["step"] < flags.steps and not stopped:
     tokens, targets, names = text_batch(step) if flags.data else story_batch(step, state["stage"])
     span = tokens.size(1) if flags.data else babi.answer_span(targets)
     n_tokens += tokens.numel()
-    n_scored = (targets >= 0).sum()
+    total = loss_of.weights(targets).sum()  # of all processes' rows
     tokens, targets = tokens[rank::world].to(device), targets[rank::world].to(device)
     for optimizer, base in zip(optimizers, rates):
         for group, lr in zip(optimizer.param_groups, base):
@@ -564,7 +582,7 @@ while state["step"] < flags.steps and not stopped:
         logits, loss = compute(tokens, targets, span)
     targets = targets[:, -span:]
     scored = targets >= 0
-    loss = loss * scored.sum() * world / n_scored  # all processes' mean is that of the whole batch
+    loss = loss * world / total  # all processes' mean is that of the whole batch
 
     # what all processes must agree on: whether to stop, the loss, and each task's right answers
     sums = torch.zeros(2 + 2 * len(tasks), device=device)
