@@ -24,6 +24,7 @@ Every function draws from the `random.Random` it is given and from nothing else.
 """
 import argparse
 import codecs
+import contextlib
 import csv
 import itertools
 import math
@@ -352,15 +353,15 @@ def tell(task, rng, max_facts=1000):
     return facts
 
 
-def make_sample(task, rng, n_questions=1, max_facts=1000):
-    """A `Sample`. One question follows bAbI's rule; several ask about anything in the story.
+def make_sample(task, rng, n_questions=1, max_facts=1000, window=WINDOW):
+    """A `Sample`, whose questions are about the last `window` statements: bAbI's rule; None: any.
 
-    The several include questions of the tasks `along` the way: who follows an object, for one,
-    must follow its holder first.
+    Several include questions of the tasks `along` the way, about anything in the story: who
+    follows an object, for one, must follow its holder first.
     """
     while True:
         facts = tell(task, rng, max_facts)
-        questions = askable(task, facts, rng, WINDOW if n_questions == 1 else None)
+        questions = askable(task, facts, rng, window)
         if questions:
             break
     if n_questions == 1:
@@ -842,10 +843,7 @@ def score_table(model, encoding, samples, lengths, noise, seed=0, path=None, n_b
     for name in ("best constant", "last mentioned"):
         print(f"{name:18}" + "".join(f"{cells[task, first][name]:7.3f}" for task in samples))
     if path:
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, next(iter(cells.values())))
-            writer.writeheader()
-            writer.writerows(cells.values())
+        write_csv(path, cells.values(), next(iter(cells.values())))
         print(f"written to {path}")
     return list(cells.values())
 
@@ -865,6 +863,28 @@ def die_unless_new(name, path):
         die(f"--{name}={path}: is there already; remove it or choose another name")
     if not os.path.isdir(os.path.dirname(path) or "."):
         die(f"--{name}={path}: no such folder")
+
+
+@contextlib.contextmanager
+def replaced(path, mode, **kwargs):
+    """A file to write beside `path`, which takes its place when all is written, or never."""
+    try:
+        with open(f"{path}.new", mode, **kwargs) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.new", path)
+    finally:
+        if os.path.exists(f"{path}.new"):
+            os.remove(f"{path}.new")
+
+
+def write_csv(path, rows, columns):
+    """Dictionaries as a CSV file, whole or not at all; other keys than `columns` are left out."""
+    with replaced(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def find_device(name):

@@ -96,9 +96,13 @@ def normed(x):
     return F.rms_norm(x, x.shape[-1:])
 
 
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v with one head, as in eq. 1. q (B, Q, d), k and v (B, K, d)."""
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+def attention(q, k, or_nothing=False):
+    """softmax(q k^T / sqrt(d)) with one head, as in eq. 1. q (B, Q, d), k (B, K, d) -> (B, Q, K).
+
+    With `or_nothing` there is one key more, all zero, for a query to attend to nothing.
+    """
+    scores = q @ k.mT / k.size(-1) ** 0.5
+    return F.pad(scores, (0, 1)).softmax(-1)[..., :-1] if or_nothing else scores.softmax(-1)
 
 
 def extend(cache, name, new, dim):
@@ -111,19 +115,19 @@ def extend(cache, name, new, dim):
 # The decoder
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021) 0 .. length - 1 for vectors of `dim` channels."""
+    """Rotary positions (Su et al. 2021) first .. first + length - 1, for `dim` channels."""
 
-    def __init__(self, length, dim, base):
+    def __init__(self, length, dim, base, first=0):
         super().__init__()
         frequency = base ** (-torch.arange(0, dim, 2) / dim)            # (dim / 2)
-        angle = torch.arange(length)[:, None] * frequency               # (length, dim / 2)
+        angle = torch.arange(first, first + length)[:, None] * frequency    # (length, dim / 2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, x, start=0):
-        """Turn the channel pairs of x (..., T, dim), which stands at start .. start + T - 1."""
-        stop = start + x.size(-2)
-        cos, sin = self.cos[start:stop], self.sin[start:stop]           # (T, dim / 2)
+        """Turn the channel pairs of x (..., T, dim), whose first row is number `start`."""
+        rows = slice(start, start + x.size(-2) or None)
+        cos, sin = self.cos[rows], self.sin[rows]                       # (T, dim / 2)
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
@@ -221,16 +225,18 @@ class MemoryRead(nn.Module):
         self.output_gate = Gate(d, d) if config.output_gate else None
         self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
 
-    def qkv(self, x, memory):
-        """Queries of the tokens (B, T, d), keys and values of the slots (B, N, d)."""
-        slots = normed(memory)
-        return self.query(x), self.key(slots + self.address), self.value(slots)
+    def attention(self, x, memory):
+        """How the tokens attend to the slots, (B, T, N).
+
+        W_Q goes with the keys: (E W_Q) K^T = E (K W_Q^T)^T, and there are fewer slots than tokens.
+        """
+        return attention(x, self.key(normed(memory) + self.address) @ self.query.weight)    # eq. 1
 
     def forward(self, x, memory):
         """x (B, T, d) normed, memory (B, N, d) -> what joins the attention's output, (B, T, d)."""
-        recalled = attend(*self.qkv(x, memory))                         # eqs. 1-2   (B, T, d)
+        recalled = self.attention(x, memory) @ self.value(normed(memory))       # eq. 2  (B, T, d)
         if self.output_gate:
-            recalled = self.output_gate(recalled) * recalled                            # eq. 3
+            recalled = self.output_gate(recalled) * recalled                    # eq. 3
         return self.output(recalled)
 
 
@@ -248,20 +254,18 @@ class MemoryWrite(nn.Module):
         self.input_gate = Gate(2 * d, d, slots) if config.input_gate else None
         self.forget_gate = Gate(2 * d, d, slots) if config.forget_gate else None
         self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
-        self.rotary = Rotary(config.block_size + 1, d, config.rope_base)
+        # keys stand as far back as their tokens do: slots can prefer the latest
+        self.rotary = Rotary(config.block_size, d, config.rope_base, first=-config.block_size)
 
-    def qkv(self, x, memory):
-        """Queries of the slots (B, N, d), keys and values of the tokens (B, T + 1, d)."""
-        x = self.norm(x)
-        # keys stand where their tokens do, queries behind the last: slots can prefer the latest
-        q = self.query(normed(memory) + self.address).unsqueeze(2)                # (B, N, 1, d)
-        q, k = self.rotary(q, start=x.size(1)).squeeze(2), self.rotary(self.key(x))
-        # one more key and value, all zero, let a slot attend to nothing where nothing concerns it
-        return q, F.pad(k, (0, 0, 0, 1)), F.pad(self.value(x), (0, 0, 0, 1))
+    def attention(self, x, memory):
+        """How the slots attend to the tokens x (B, T, d) normed, (B, N, T); to nothing as well."""
+        k = self.rotary(self.key(x), start=-x.size(1))
+        return attention(self.query(normed(memory) + self.address), k, or_nothing=True)
 
     def forward(self, x, memory):
         """x (B, T, d) the block's output, memory (B, N, d) -> the new memory (B, N, d)."""
-        candidate = attend(*self.qkv(x, memory))                                     # (B, N, d)
+        x = self.norm(x)
+        candidate = self.value(self.attention(x, memory) @ x)                        # (B, N, d)
         seen = torch.cat((candidate, torch.tanh(memory)), dim=-1)                    # (B, N, 2d)
         input_gate = self.input_gate(seen) if self.input_gate else 1.0                     # eq. 4
         forget_gate = self.forget_gate(seen) if self.forget_gate else 1.0                  # eq. 5
@@ -291,6 +295,51 @@ class MemoryTokens(nn.Module):
         for block, block_cache in zip(blocks, cache):
             x = block(x, None, block_cache, causal=False)
         return normed(x)
+
+
+# --------------------------------------------------------------------------------------------
+# The optimizer of the matrices
+
+def orthogonalized(x):
+    """The orthogonal matrices nearest to x (n, rows, columns), nearly: singular values .7 to 1.2.
+
+    Five Newton-Schulz steps with the coefficients of Jordan et al. 2024, which are made for haste.
+    """
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
+                          beta=3.4445)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum, made orthogonal before it is subtracted.
+
+    The same as torch.optim.Muon, but for all matrices of a shape at once, and in bfloat16 on CUDA
+    alone: on a CPU without it PyTorch's takes longer than all the rest of a step.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum, shapes = group["lr"], group["momentum"], {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    mean.lerp_(p.grad, 1 - momentum)
+                    shapes.setdefault(p.shape, []).append((p, p.grad.lerp(mean, momentum)))
+            for (rows, columns), pairs in shapes.items():
+                updates = torch.stack([update for _, update in pairs])
+                updates = orthogonalized(updates.bfloat16() if updates.is_cuda else updates)
+                for (p, _), update in zip(pairs, updates):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
 # --------------------------------------------------------------------------------------------
@@ -508,7 +557,7 @@ class LM2(nn.Module):
             groups["rest" if not inside else "gate" if "_gate." in name else "matrix"].append(p)
         muon = [{"params": groups["matrix"], "weight_decay": weight_decay},
                 {"params": groups["gate"], "weight_decay": 0.0}]
-        return [torch.optim.Muon([g for g in muon if g["params"]], lr=muon_lr),
+        return [Muon([g for g in muon if g["params"]], lr=muon_lr),
                 torch.optim.AdamW(groups["rest"], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
     @staticmethod

@@ -134,9 +134,9 @@ def fingerprint(model):
 
 def save_memory(reader, path):
     """Write what the reader knows, to the side first and then into place."""
-    torch.save({"banks": reader.memory.banks, "tail": reader.memory.tail, "rest": reader.rest,
-                "count": reader.count, "model": fingerprint(reader.model)}, path + ".new")
-    os.replace(path + ".new", path)
+    with babi.replaced(path, "wb") as file:
+        torch.save({"banks": reader.memory.banks, "tail": reader.memory.tail, "rest": reader.rest,
+                    "count": reader.count, "model": fingerprint(reader.model)}, file)
 
 
 def load_memory(model, path):
@@ -210,12 +210,6 @@ class Recorder:
     def start_segment(self):
         self.tokens, self.found = [], [{"x": [], "joined": [], "output": []} for _ in self.blocks]
 
-    @staticmethod
-    def weights(module, x, memory):
-        """The attention weights inside a `MemoryRead` or `MemoryWrite`."""
-        q, k, _ = module.qkv(x, memory)
-        return (q @ k.transpose(1, 2) / k.size(-1) ** 0.5).softmax(-1)[0].float().cpu()
-
     def saw_tokens(self, module, args, output):
         self.tokens += args[0][0].tolist()
 
@@ -241,9 +235,9 @@ class Recorder:
             found["forget"] = found.get("forget", slots)
             found["output"] = torch.cat(found["output"] or [torch.ones(x.size(1))])
             found["joined"] = torch.cat(found["joined"])
-            found["read"] = self.weights(read, x, memory)
-            found["again"] = self.weights(read, x, new)
-            attention = self.weights(module, *args)[:, :-1]  # the last key is the empty one
+            found["read"] = read.attention(x, memory)[0].float().cpu()
+            found["again"] = read.attention(x, new)[0].float().cpu()
+            attention = module.attention(module.norm(args[0]), memory)[0].float().cpu()
             found["write"] = attention * found["input"][:, None]
             if i == len(self.blocks) - 1:
                 self.end_segment()

@@ -6,8 +6,10 @@
     python train.py --task=all --n_layer=3 --n_embd=96 --noise=a.txt,b.txt --out=out-all
     python train.py --resume                 # go on exactly where a stopped run was
     python train.py --compare=memory         # LM2 against its rivals; also: parts, text
+    python train.py --bench                  # what the memory costs in time and space
 
-The file reads from top to bottom: flags, set-up, comparisons, data, model, the loop, the proof.
+The file reads from top to bottom: flags, set-up, comparisons, data, model, the benchmark, the
+loop, the proof.
 Ctrl-C saves and ends; everything a run writes lies in the folder `--out`.
 """
 import csv
@@ -22,6 +24,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -73,13 +76,15 @@ class Flags:
     seed: int = flag(0, "seed of weights and data")
     # the machine and the log
     device: str = flag("auto", "auto, cpu, cuda or mps")
+    compile: bool = flag(False, "let torch.compile make the steps faster, after minutes of work")
     log_every: int = flag(50, "steps between log lines")
     save_every: int = flag(500, "steps between checkpoints")
     # the proof
     eval_samples: int = flag(500, "samples in a row of the proof table (fewer where it says so)")
     eval_times: int = flag(16, "longest row of the proof, in longest contexts; 0 for no proof")
     babi_dir: str = flag("", "folder of real bAbI files to test on as well; never trained on")
-    # comparisons
+    # comparisons and the benchmark
+    bench: bool = flag(False, "measure speed and memory beside RMT and the vanilla decoder")
     compare: str = flag("", "train and score several models in turn: memory, parts or text",
                         choices=("", "memory", "parts", "text"))
     seeds: babi.token_counts = flag((0, 1, 2), "seeds that every model of a comparison gets")
@@ -90,8 +95,8 @@ class Flags:
 
 
 # flags that change nothing in what is learned
-FREE = {"resume", "out", "device", "log_every", "save_every", "eval_samples", "eval_times",
-        "babi_dir", "compare", "seeds", "lengths", "samples"}
+FREE = {"resume", "out", "device", "compile", "log_every", "save_every", "eval_samples",
+        "eval_times", "babi_dir", "bench", "compare", "seeds", "lengths", "samples"}
 
 # --------------------------------------------------------------------------------------------
 # Set-up: whatever can be wrong is found here, before anything is written
@@ -130,7 +135,7 @@ LIMITS = dict(steps=COUNTS, batch_size=COUNTS, batch_tokens=COUNTS, segments=(2,
 for name, (least, most) in LIMITS.items():
     if not least <= getattr(flags, name) <= most:
         die(f"--{name}={getattr(flags, name)}: it must be a number from {least:g} to {most:g}")
-if os.path.exists(path) and not checkpoint:
+if os.path.exists(path) and not checkpoint and not flags.bench:
     die(f"{path} is there from an earlier run; --resume it, choose another --out or remove it")
 
 try:
@@ -313,10 +318,7 @@ def report(cells):
             found = {int(cell["tokens"]): cell[name] for cell in cells if cell["task"] == task}
             print(f"{name:46}" + "".join(f"  {found[n]:.3f}       " for n in shown))
     path = os.path.join(flags.out, flags.compare)
-    with open(path + ".csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, cells[0])
-        writer.writeheader()
-        writer.writerows(cells)
+    babi.write_csv(path + ".csv", cells, cells[0])
     print(f"\nwritten to {path}.csv", flush=True)
     plt = babi.matplotlib()
     if not plt:
@@ -379,6 +381,8 @@ def story_batch(step, stages):
     does not learn those along.
     """
     rng = random.Random(f"{flags.seed} {step}")
+    if len(tasks) > 1 and rng.random() < 0.25:
+        return bare_batch(rng, stages)
     stage = stages[rng.choice(tasks)]
     segments = rng.randint(min(2, stage), min(stage, 4))
     if stage > 4 and rng.random() < 0.3:
@@ -391,19 +395,44 @@ def story_batch(step, stages):
     pairs, names, refused = [], [], Counter()
     while len(pairs) < rows:
         task = rng.choice(ready)
-        stage = stages[task]
-        most = 4 * max(1, stage - 1) if stage < 4 else 1000  # facts in a story
-        sample = babi.make_sample(task, rng, flags.questions, min(most, max(4, length // 8)))
+        sample = training_sample(task, rng, stages[task], max(4, length // 8))
         until = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
-        bare = len(tasks) > 1 and rng.random() < 0.2
         try:
-            pairs.append(babi.to_tokens(sample, encoding, length, noise, rng, (0.0, until), bare))
+            pairs.append(babi.to_tokens(sample, encoding, length, noise, rng, (0.0, until)))
             names.append(task)
         except ValueError:  # this story does not fit here; the next may
             refused[task] += 1
             if refused[task] > 50000:
                 die(f"stories of {task} do not fit into {length} tokens; use a larger --block_size")
     return *babi.stack(pairs), names
+
+
+def training_sample(task, rng, stage, most):
+    """A story of at most so many facts, few in the first stages, and several questions."""
+    most = min(most, 4 * max(1, stage - 1) if stage < 4 else 1000)
+    window = rng.choice((babi.WINDOW, None))  # bAbI's own rule, or about anything
+    return babi.make_sample(task, rng, flags.questions, most, window)
+
+
+def bare_batch(rng, stages):
+    """A batch as at 0K: whole stories without noise, of all tasks, each about as long as the next.
+
+    Of three times as many stories, in the order of their lengths, it takes a part at random. Behind
+    the shorter ones there is noise, where it hides nothing.
+    """
+    pool = []
+    for _ in range(3 * flags.batch_size):
+        task = rng.choice(tasks)
+        sample = training_sample(task, rng, stages[task], 1000)
+        pool.append((len(babi.to_tokens(sample, encoding)[0]), task, sample))
+    pool.sort(key=lambda entry: entry[0])
+    start = rng.randrange(len(pool) - flags.batch_size + 1)
+    pool = pool[start:start + flags.batch_size]
+    length = pool[-1][0]
+    pool = pool[-max(1, min(flags.batch_size, flags.batch_tokens // length) // world) * world:]
+    pairs = [babi.to_tokens(sample, encoding, length, noise, rng, bare=True)
+             for _, _, sample in pool]
+    return *babi.stack(pairs), [task for _, task, _ in pool]
 
 
 def text_batch(step):
@@ -427,6 +456,10 @@ def text_loss(most=200):
         n_tokens += window
         n_bytes += len(encoding.decode_bytes(piece[1:].tolist()))
     return total / n_tokens, total / math.log(2) / n_bytes
+
+
+def make_batch(step, stages):
+    return text_batch(step) if flags.data else story_batch(step, stages)
 
 # --------------------------------------------------------------------------------------------
 # Model, optimizers, schedule
@@ -463,6 +496,9 @@ class Loss(torch.nn.Module):
         return scored * scored.sum(1, keepdim=True).clamp(min=1.0) ** -self.power
 
 
+if flags.compile:  # what runs at every segment; the shapes of few batches recur
+    model.run_segment = torch.compile(model.run_segment)
+    model.write_memory = torch.compile(model.write_memory)
 compute = loss_of = Loss()
 if world > 1:  # averages the gradients of all processes; in a single segment no write is used
     compute = torch.nn.parallel.DistributedDataParallel(
@@ -494,6 +530,11 @@ def rate(step):
                max(0.02, left / flags.cooldown if flags.cooldown else 1.0))
 
 
+def die_to_resume(path, reason):
+    die(f"{path} cannot be written ({reason}); the checkpoint from before, if there is one, is "
+        f"whole: make room and go on with: python train.py --resume --out={flags.out}")
+
+
 def save():
     """Write the checkpoint to the side and move it into place: a crash leaves the old one whole."""
     if rank:
@@ -503,8 +544,11 @@ def save():
                           "tokens": [encoding.decode_single_token_bytes(i).decode("latin-1")
                                      for i in range(encoding.n_vocab)]},
             "train": state | {"optimizers": [o.state_dict() for o in optimizers]}}
-    torch.save(data, path + ".new")
-    os.replace(path + ".new", path)
+    try:
+        with babi.replaced(path, "wb") as file:
+            torch.save(data, file)
+    except (OSError, RuntimeError) as error:
+        die_to_resume(path, str(error).splitlines()[0])
 
 
 class GateMeter:
@@ -529,6 +573,129 @@ class GateMeter:
             values.clear()
         return means
 
+
+# --------------------------------------------------------------------------------------------
+# The benchmark: ratios taken in one run
+
+def timed(work):
+    """Seconds that `work` takes, on whatever device."""
+    start = time.perf_counter()
+    work()
+    if kind != "cpu":
+        getattr(torch, kind).synchronize()
+    return time.perf_counter() - start
+
+
+def stopwatch(model):
+    """{part: seconds}, filled by hooks as the parts of the blocks run forward and backward."""
+    spent = Counter()
+
+    def start(module, *_):
+        module.clock = time.perf_counter()
+
+    def stop(part):
+        def hook(module, *_):
+            spent[part] += timed(lambda: None) + time.perf_counter() - module.clock
+        return hook
+
+    for block in model.blocks:
+        for part in ("attention", "feed_forward", "read", "write"):
+            if module := getattr(block, part):
+                module.register_forward_pre_hook(start)
+                module.register_forward_hook(stop(part))
+                module.register_full_backward_pre_hook(start)
+                module.register_full_backward_hook(stop(part))
+    return spent
+
+
+def bench_training(segments, rounds=5):
+    """Print tokens/s of vanilla, RMT and LM2 in turn, what they keep, and where LM2's time goes.
+
+    Every token is scored, or vanilla, without a memory, would have a gradient in the last segment.
+    """
+    length = segments * flags.block_size
+    rows = max(1, min(flags.batch_size, flags.batch_tokens // length))
+    tokens = torch.randint(config.vocab_size, (rows, length), device=device)
+
+    def step(model, optimizers):
+        with autocast:
+            loss = model(tokens, tokens)[1]
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    print(f"\ntraining on {rows} contexts of {segments} segments: median of {rounds} rounds")
+    print(f"{'':10}parameters  tokens/s  of vanilla (lowest to highest)  kept for backward")
+    arms, speeds = {}, {}
+    for name, memory in (("vanilla", "none"), ("RMT", "rmt"), ("LM2", "lm2")):
+        model = LM2(replace(config, memory=memory)).to(device)
+        optimizers, speeds[name], kept = model.optimizer(), [], {}
+
+        def keep(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            step(model, optimizers)
+        arms[name] = model, optimizers, sum(kept.values()) / 2**20
+    for _ in range(rounds):
+        for name, (model, optimizers, _) in arms.items():
+            speeds[name].append(tokens.numel() / timed(lambda: step(model, optimizers)))
+    for name, (model, _, kept) in arms.items():
+        ratios = sorted(own / base for own, base in zip(speeds[name], speeds["vanilla"]))
+        print(f"{name:10}{sum(p.numel() for p in model.parameters()):10,}"
+              f"{statistics.median(speeds[name]):10,.0f}{statistics.median(ratios):12.2f} "
+              f"({ratios[0]:.2f} to {ratios[-1]:.2f}){kept:18.0f} MiB")
+    model, optimizers, _ = arms["LM2"]
+    spent = stopwatch(model)
+    whole = timed(lambda: step(model, optimizers))
+    spent["optimizers"] = timed(lambda: [optimizer.step() for optimizer in optimizers])
+    spent["embedding, head and rest"] = whole - sum(spent.values())
+    print("LM2's time: " + ", ".join(f"{part.replace('_', ' ')} {share / whole:.0%}"
+                                     for part, share in spent.items()))
+    batch = []
+    seconds = timed(lambda: batch.extend(make_batch(0, dict.fromkeys(tasks, segments))))
+    print(f"making the samples: {seconds / batch[0].numel() * tokens.numel() / whole:.0%} of that, "
+          "done ahead while gradients are computed")
+
+
+@torch.no_grad()
+def bench_generation(positions=(100, 10_000, 100_000), count=100):
+    """Print tokens/s of LM2, which has read so many tokens, and of attention over all of them."""
+    print("\ngeneration, tokens/s after so many tokens" + "".join(f"{n:>12,}" for n in positions))
+    model, speeds = LM2(config).to(device).eval(), {"LM2": [], "full window": []}
+    whole = LM2(replace(config, memory="none", block_size=positions[-1] + count)).to(device).eval()
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    for position in positions:
+        memory = model(token.expand(1, position), last=1)[2]
+        speeds["LM2"].append(count / timed(lambda: model.generate(token, count, memory=memory)))
+        attention, cache = whole.blocks[0].attention, whole.empty_cache()
+        shape = (1, attention.n_kv_head, position, attention.head_dim)
+        for kept in cache:  # reading so much would take minutes: its keys and values are made up
+            kept.update(key=torch.randn(shape, device=device),
+                        value=torch.randn(shape, device=device))
+
+        def generate():
+            for _ in range(count):
+                output, _ = whole.run_segment(token, whole.fresh_memory(1), cache)
+                torch.multinomial(whole.head(output[:, -1]).softmax(-1), 1)
+        speeds["full window"].append(count / timed(generate))
+    for name, row in speeds.items():
+        print(f"{name:41}" + "".join(f"{speed:12,.0f}" for speed in row))
+    print(f"{'LM2 over full window':41}" + "".join(
+        f"{own / other:12.2f}" for own, other in zip(*speeds.values())))
+
+
+if flags.bench:
+    print(f"device {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}; ratios count: "
+          "they were taken in turn, in this one run")
+    for segments in sorted({min(4, flags.segments), flags.segments}):
+        bench_training(segments)
+    bench_generation()
+    if kind == "cuda":
+        print(f"\npeak memory of the device: {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
+    sys.exit(0)
 
 try:
     os.makedirs(flags.out, exist_ok=True)
@@ -557,10 +724,8 @@ if checkpoint and os.path.exists(log_path):  # drop what a crash left behind the
             rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
     except (KeyError, TypeError, ValueError, csv.Error):
         die(f"{log_path} is no log of this script; move it away to resume")
-with open(log_path, "w", newline="") as file:
-    writer = csv.DictWriter(file, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
+if not rank:
+    babi.write_csv(log_path, rows, columns)
 
 stop = []
 signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: end after this step
@@ -568,9 +733,12 @@ meter = GateMeter(model)
 losses, right, asked, n_tokens, clock, stopped = [], Counter(), Counter(), 0, time.time(), 0
 live = sys.stdout.isatty()  # on a terminal the log line is rewritten in place
 
+maker = ThreadPoolExecutor(1)  # makes the next batch while gradients of this one are computed
+coming = maker.submit(make_batch, state["step"], state["stage"].copy())
+
 while state["step"] < flags.steps and not stopped:
     step = state["step"]
-    tokens, targets, names = text_batch(step) if flags.data else story_batch(step, state["stage"])
+    tokens, targets, names = coming.result()
     span = tokens.size(1) if flags.data else babi.answer_span(targets)
     n_tokens += tokens.numel()
     total = loss_of.weights(targets).sum()  # of all processes' rows
@@ -603,13 +771,6 @@ while state["step"] < flags.steps and not stopped:
         print(f"\nstep {step}: the loss is {mean_loss}. Stopped; the checkpoint from before, "
               "if there is one, is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
         sys.exit(1)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    state["step"] += 1
     for task, n_right, n_asked in zip(tasks, counts[::2], counts[1::2]):
         if n_asked:
             right[task] += n_right
@@ -617,10 +778,19 @@ while state["step"] < flags.steps and not stopped:
             share = min(0.1, 0.03 * len(tasks) * names.count(task) / len(names))
             state["running"][task] += share * (n_right / n_asked - state["running"][task])
             stage, chance = state["stage"][task], 1 / babi.TASKS[task].n_answers
-            if (state["running"][task] - chance > flags.threshold * (1 - chance)
+            bar = flags.threshold * (1 - step / flags.steps / 3)  # a hard task moves on at last
+            if (state["running"][task] - chance > bar * (1 - chance)
                     and stage < flags.segments):
                 state["stage"][task] = min(flags.segments, stage + max(1, stage // 2))
                 state["running"][task] = 0.0
+    coming = maker.submit(make_batch, step + 1, state["stage"].copy())
+
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    state["step"] += 1
 
     last = state["step"] == flags.steps or stopped
     if state["step"] % flags.log_every == 0 or last:
@@ -636,9 +806,12 @@ while state["step"] < flags.steps and not stopped:
             row["bits_per_byte"] = text_loss()[1]
         else:
             row |= accuracy | {f"{task}_stage": stage for task, stage in state["stage"].items()}
-        with open(log_path, "a", newline="") as file:
-            csv.DictWriter(file, columns).writerow(
-                {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+        try:
+            with open(log_path, "a", newline="") as file:
+                csv.DictWriter(file, columns).writerow(
+                    {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+        except OSError as error:
+            die_to_resume(log_path, error.strerror)
         left = (flags.steps - state["step"]) * state["seconds"] / state["step"]
         line = (f"step {row['step']:5d}/{flags.steps}"
                 + (f" | {row['bits_per_byte']:.3f} bits/byte held out" if flags.data else
