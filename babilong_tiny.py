@@ -852,8 +852,9 @@ def score_table(model, encoding, samples, lengths, noise, seed=0, path=None, n_b
 # Flags: the fields of a dataclass are the flags of a script
 
 def die(message):
-    """One clear line on stderr and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """One clear line on stderr and exit status 2, whatever the input that it quotes."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
+    print("error:", line if len(line) < 800 else f"{line[:500]} ... {line[-200:]}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -68,10 +68,11 @@ class LM2Config:
     rope_base: float = 10000.0  # base of the rotary wavelengths
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd",
-                     "memory_slots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        most = {"n_layer": 1000, "block_size": 2**24, "memory_slots": 2**16}
+        for name in ("vocab_size", "n_head", "n_kv_head", "n_embd", *most):
+            if not 1 <= getattr(self, name) <= most.get(name, 2**31):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 1 to "
+                                 f"{most.get(name, 2**31)}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head "
                              f"({2 * self.n_head}): rotary positions turn pairs of each head's "
@@ -566,8 +567,11 @@ class LM2(nn.Module):
         import tiktoken
         checkpoint = load_checkpoint(path)
         try:
-            model = LM2(LM2Config(**checkpoint["config"]))
-            model.load_state_dict(checkpoint["model"])
+            config, weights = LM2Config(**checkpoint["config"]), checkpoint["model"]
+            with torch.device("meta"):  # a forged size is found before it takes any memory
+                LM2(config).load_state_dict(weights, assign=True)
+            model = LM2(config)
+            model.load_state_dict(weights)
             tokens = [token.encode("latin-1") for token in checkpoint["tokenizer"]["tokens"]]
             encoding = tiktoken.Encoding("lm2", pat_str=checkpoint["tokenizer"]["pattern"],
                                          mergeable_ranks={t: i for i, t in enumerate(tokens)},

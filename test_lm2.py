@@ -4,15 +4,19 @@ A falling loss proves nothing about a memory: most public memory transformers ca
 in the way information flows. The tests of the first part would each have caught one of them.
 """
 import csv
+import dataclasses
 import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -648,6 +652,63 @@ def test_resuming_is_exact(tiny, tmp_path):
         assert [row["step"] for row in csv.DictReader(file)] == ["5", "10"]
 
 
+KILLER = """
+import lm2, os, random, runpy, signal, sys, time, babilong_tiny  # what a run needs, loaded once
+rng, kills, sys.argv = random.Random(0), 0, sys.argv[1:]
+while True:
+    child = os.fork()
+    if not child:
+        if os.path.exists(sys.argv[-1] + "/ckpt.pt"):
+            sys.argv.insert(1, "--resume")
+        sys.argv[-1] = "--out=" + sys.argv[-1]
+        runpy.run_path("train.py", run_name="__main__")
+        os._exit(0)
+    done, moment = 0, time.time() + rng.uniform(0.1, 0.7)
+    while not done and (kills == 20 or time.time() < moment):
+        time.sleep(0.01)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        sys.exit(f"after {kills} kills, status {status}")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_killed_twenty_times_a_run_ends_with_the_very_same_weights(tmp_path):
+    flags = [*TINY, "--steps=200", "--save_every=3", "--eval_times=0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run("train.py", *flags, f"--out={tmp_path}/whole", env=env)
+    done = subprocess.run([sys.executable, "-c", KILLER, "train.py", *flags, f"{tmp_path}/killed"],
+                          cwd=HERE, env=env, text=True, capture_output=True, timeout=280)
+    assert done.stderr == "after 20 kills, status 0\n", done.stderr
+    whole, killed = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "killed"))
+    assert whole["train"]["step"] == killed["train"]["step"] == 200
+    assert all(torch.equal(weight, killed["model"][name]) for name, weight in
+               whole["model"].items())
+    logs = [list(csv.DictReader(open(tmp_path / name / "log.csv"))) for name in ("whole", "killed")]
+    assert [(row["step"], row["loss"]) for row in logs[0]][-5:] == \
+        [(row["step"], row["loss"]) for row in logs[1]][-5:]
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_whole(tiny, tmp_path):
+    """No file may grow beyond 100 kB, which is more than the log and less than a checkpoint."""
+    resource = pytest.importorskip("resource")
+    shutil.copytree(tiny, tmp_path / "o")
+    longer = torch.load(tmp_path / "o" / "ckpt.pt", weights_only=True)
+    longer["train"]["flags"]["steps"] = 20
+    torch.save(longer, tmp_path / "o" / "ckpt.pt")
+    before = (tmp_path / "o" / "ckpt.pt").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "train.py", "--resume", f"--out={tmp_path}/o"], cwd=HERE, text=True,
+        capture_output=True, timeout=280,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "make room" in done.stderr
+    assert (tmp_path / "o" / "ckpt.pt").read_bytes() == before
+    assert sorted(os.listdir(tmp_path / "o")) == sorted(os.listdir(tiny))
+
+
 def test_two_processes_learn_what_one_does_with_the_whole_batch(tmp_path):
     flags = [*TINY, "--task=qa1,qa7", "--steps=20", "--threshold=0.01", "--eval_samples=2"]
     run("train.py", *flags, f"--out={tmp_path}/one")
@@ -938,6 +999,98 @@ def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path, mon
         flags.append(f"--out={tmp_path}/out")
     assert names in refused(monkeypatch, capsys, script, *flags)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+JUNK = ("", " ", "-1", "0", "nan", "inf", "-inf", "1e999", "9" * 5000, "x" * 20000, "\n\r\t\x1b[31m",
+        "\udcff\udc80", "🦊" * 50, "../../x", "/dev/null", "%s%n{0}", "1,2,,3", "0.5,0.1", "True",
+        "--", "-", "=", "qa1,qa1,", "1k,2k,", "0x10", "1_000", "None", "[]", "all,all", "cuda:-1")
+
+
+def hostile_flags(rng, config):
+    names = [f"--{f.name}" for f in dataclasses.fields(config)] + ["--no-such", "-x", "--out-"]
+    return [rng.choice((f"{rng.choice(names)}={rng.choice(JUNK)}", rng.choice(JUNK),
+                        rng.choice(names), f"--no-{rng.choice(names)[2:]}"))
+            for _ in range(rng.randint(1, 4))]
+
+
+def test_hostile_flags_get_one_line(tmp_path, monkeypatch, capsys):
+    rng = random.Random(1)
+    monkeypatch.chdir(tmp_path)
+    for config in (babi.Flags, sample.Flags):
+        for _ in range(500):
+            try:
+                assert isinstance(babi.parse_flags(config, "", hostile_flags(rng, config)), config)
+            except SystemExit as stop:
+                said = capsys.readouterr().err
+                assert stop.code == 2 and said.count("\n") == 1 and len(said) < 1000, said
+    for _ in range(100):  # the whole script; the last flag is never right
+        refused(monkeypatch, capsys, "train.py", *hostile_flags(rng, sample.Flags), "--steps=0")
+    assert not os.listdir(tmp_path)
+
+
+def test_hostile_files_get_one_line(tmp_path):
+    """Random bytes for a bAbI file, a tokenizer or a book; and any text is encoded and decoded."""
+    rng, path, good = random.Random(2), tmp_path / "file", b"1 Mary went home.\n2 Who?\tx\t1\n"
+    encoding = babi.word_encoding()
+    readers = (babi.read_babi, babi.load_encoding, lambda path: babi.book_noise(encoding, [path]),
+               lambda path: list(babi.read_sentences(path)))
+    for trial in range(600):
+        mutated = bytearray(good * rng.randint(1, 3))
+        for _ in range(rng.randint(1, 6)):
+            at = rng.randrange(len(mutated))
+            mutated[at:at + rng.randint(0, 2)] = rng.choice((
+                rng.randbytes(3), b"\t", b"\n", b"\0", b"9" * 5000, "é🦊".encode(), b"x" * 10000))
+        path.write_bytes(rng.choice((mutated, rng.randbytes(rng.randint(0, 300)))))
+        try:
+            readers[trial % 4](str(path))
+        except ValueError as error:
+            assert "\n" not in str(error) and str(path) in str(error), error
+        text = "".join(chr(rng.choice((rng.randrange(128), rng.randrange(0xD800),
+                                       rng.randrange(0xE000, 0x110000)))) for _ in range(200))
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_hostile_checkpoints_get_one_line_and_run_no_code(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, good = random.Random(3), (tiny / "ckpt.pt").read_bytes()
+    data = torch.load(tiny / "ckpt.pt", weights_only=True)
+    model = LM2.load(tiny / "ckpt.pt")[0]
+    sample.save_memory(sample.Reader(model), "memory.pt")
+    memory = (tmp_path / "memory.pt").read_bytes()
+
+    def forged(trial):
+        if trial % 4 == 0:
+            whole = rng.choice((good, memory))
+            return whole[:rng.randrange(len(whole))]                    # cut at any byte
+        if trial % 4 == 1:
+            broken = bytearray(rng.choice((good, memory)))
+            for _ in range(rng.randint(1, 50)):
+                broken[rng.randrange(len(broken))] = rng.randrange(256)
+            return bytes(broken)
+        if trial % 4 == 2:
+            return rng.choice((pickle.dumps(Bomb(), 2), pickle.dumps({"config": Bomb()}, 2),
+                               rng.randbytes(100), b"PK\3\4" + rng.randbytes(100), b""))
+        changed, file = {**data, "config": dict(data["config"])}, io.BytesIO()
+        part = rng.choice(("config", "model", "tokenizer"))
+        value = rng.choice((None, -1, 10**6, 10**15, 1e300, "x", [], {}, [[]], True))
+        changed[part] = value if rng.random() < 0.1 else {
+            **changed[part], rng.choice(list(changed[part])): value}
+        torch.save(changed, file)
+        return file.getvalue()
+
+    for trial in range(300):
+        (tmp_path / "forged.pt").write_bytes(forged(trial))
+        for load in (LM2.load, partial(sample.load_memory, model)):
+            try:
+                load("forged.pt")
+            except ValueError as error:
+                assert "\n" not in str(error) and "forged.pt" in str(error), error
+    assert sorted(os.listdir(tmp_path)) == ["forged.pt", "memory.pt"]
 
 
 def test_a_comparison_trains_every_arm_once_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@
     python train.py --data=book.txt --out=out-book      # any text instead of stories
     python train.py --task=all --n_layer=3 --n_embd=96 --noise=a.txt,b.txt --out=out-all
     python train.py --resume                 # go on exactly where a stopped run was
+    python train.py --resume --steps=5000    # the same, but to another end
     python train.py --compare=memory         # LM2 against its rivals; also: parts, text
     python train.py --bench                  # what the memory costs in time and space
 
@@ -76,7 +77,6 @@ class Flags:
     seed: int = flag(0, "seed of weights and data")
     # the machine and the log
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    compile: bool = flag(False, "let torch.compile make the steps faster, after minutes of work")
     log_every: int = flag(50, "steps between log lines")
     save_every: int = flag(500, "steps between checkpoints")
     # the proof
@@ -95,7 +95,7 @@ class Flags:
 
 
 # flags that change nothing in what is learned
-FREE = {"resume", "out", "device", "compile", "log_every", "save_every", "eval_samples",
+FREE = {"resume", "out", "device", "log_every", "save_every", "eval_samples",
         "eval_times", "babi_dir", "bench", "compare", "seeds", "lengths", "samples"}
 
 # --------------------------------------------------------------------------------------------
@@ -113,11 +113,14 @@ if flags.resume:
     try:
         checkpoint = load_checkpoint(path)
         saved = Flags(**checkpoint["train"]["flags"])
+        for f in fields(Flags):
+            if type(getattr(saved, f.name)) is not type(f.default):
+                raise ValueError(f"--{f.name} is no {type(f.default).__name__} in {path}")
     except (ValueError, TypeError, KeyError) as error:
         die(f"--resume: {error}")
     given = {arg[2:].split("=")[0].removeprefix("no-") for arg in sys.argv if arg[:2] == "--"}
     for name in {f.name for f in fields(Flags)} - {"resume", "out"}:
-        if name in given & FREE:
+        if name in given & (FREE | {"steps"}):  # another end is another schedule from here on
             continue
         if name in given and getattr(flags, name) != getattr(saved, name):
             die(f"--{name}={getattr(flags, name)} differs from the run in {flags.out} "
@@ -128,7 +131,7 @@ if flags.resume:
 COUNTS = (1, 10**9)
 LIMITS = dict(steps=COUNTS, batch_size=COUNTS, batch_tokens=COUNTS, segments=(2, 10**6),
               window=COUNTS, questions=COUNTS, warmup=(0, 10**9), log_every=COUNTS,
-              save_every=COUNTS, eval_samples=COUNTS, eval_times=(0, 10**9), n_layer=(1, 1000),
+              save_every=COUNTS, eval_samples=COUNTS, eval_times=(0, 10**9),
               block_size=(1 if flags.data else 32, 10**6), lr=(0, 100), muon_lr=(0, 100),
               weight_decay=(0, 100), grad_clip=(1e-9, 1e9), threshold=(0, 1), cooldown=(0, 1),
               seed=(0, 2**63 - 1))
@@ -496,9 +499,6 @@ class Loss(torch.nn.Module):
         return scored * scored.sum(1, keepdim=True).clamp(min=1.0) ** -self.power
 
 
-if flags.compile:  # what runs at every segment; the shapes of few batches recur
-    model.run_segment = torch.compile(model.run_segment)
-    model.write_memory = torch.compile(model.write_memory)
 compute = loss_of = Loss()
 if world > 1:  # averages the gradients of all processes; in a single segment no write is used
     compute = torch.nn.parallel.DistributedDataParallel(
@@ -516,9 +516,10 @@ if checkpoint:
         for optimizer, saved_optimizer in zip(optimizers, checkpoint["train"]["optimizers"],
                                               strict=True):
             optimizer.load_state_dict(saved_optimizer)
-        state |= {key: checkpoint["train"][key] for key in ("step", "stage", "running", "seconds")}
-        if set(state["stage"]) != set(tasks):
-            raise ValueError
+        saved = checkpoint["train"]
+        state |= {"step": int(saved["step"]), "seconds": float(saved["seconds"]),
+                  "stage": {task: int(saved["stage"][task]) for task in tasks},
+                  "running": {task: float(saved["running"][task]) for task in tasks}}
     except (KeyError, RuntimeError, TypeError, ValueError):
         die(f"--resume: {path} belongs to another model or version of this code")
 
