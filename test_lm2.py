@@ -1001,9 +1001,10 @@ def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path, mon
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-JUNK = ("", " ", "-1", "0", "nan", "inf", "-inf", "1e999", "9" * 5000, "x" * 20000, "\n\r\t\x1b[31m",
-        "\udcff\udc80", "🦊" * 50, "../../x", "/dev/null", "%s%n{0}", "1,2,,3", "0.5,0.1", "True",
-        "--", "-", "=", "qa1,qa1,", "1k,2k,", "0x10", "1_000", "None", "[]", "all,all", "cuda:-1")
+JUNK = ("", " ", "-1", "0", "nan", "inf", "-inf", "1e999", "9" * 5000, "x" * 20000, "0x10",
+        "\n\r\t\x1b[31m", "\udcff\udc80", "\N{FOX FACE}" * 50, "../../x", "/dev/null", "%s%n{0}",
+        "1,2,,3", "0.5,0.1", "True", "--", "-", "=", "qa1,qa1,", "1k,2k,", "1_000", "None", "[]",
+        "all,all", "cuda:-1")
 
 
 def hostile_flags(rng, config):
@@ -1039,7 +1040,7 @@ def test_hostile_files_get_one_line(tmp_path):
         for _ in range(rng.randint(1, 6)):
             at = rng.randrange(len(mutated))
             mutated[at:at + rng.randint(0, 2)] = rng.choice((
-                rng.randbytes(3), b"\t", b"\n", b"\0", b"9" * 5000, "é🦊".encode(), b"x" * 10000))
+                rng.randbytes(3), b"\t", b"\n", b"\0", b"9" * 5000, b"\xc3\xa9", b"x" * 10000))
         path.write_bytes(rng.choice((mutated, rng.randbytes(rng.randint(0, 300)))))
         try:
             readers[trial % 4](str(path))
