@@ -397,7 +397,7 @@ def story_batch(step, stages):
     rows = max(1, min(flags.batch_size, flags.batch_tokens // length) // world) * world
     pairs, names, refused = [], [], Counter()
     while len(pairs) < rows:
-        task = rng.choice(ready)
+        task = draw(rng, ready)
         sample = training_sample(task, rng, stages[task], max(4, length // 8))
         until = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
         try:
@@ -408,6 +408,11 @@ def story_batch(step, stages):
             if refused[task] > 50000:
                 die(f"stories of {task} do not fit into {length} tokens; use a larger --block_size")
     return *babi.stack(pairs), names
+
+
+def draw(rng, names):
+    """A task; as half of the questions are of those along the way, it comes twice as often then."""
+    return rng.choices(names, [1 + bool(babi.TASKS[name].along) for name in names])[0]
 
 
 def training_sample(task, rng, stage, most):
@@ -425,7 +430,7 @@ def bare_batch(rng, stages):
     """
     pool = []
     for _ in range(3 * flags.batch_size):
-        task = rng.choice(tasks)
+        task = draw(rng, tasks)
         sample = training_sample(task, rng, stages[task], 1000)
         pool.append((len(babi.to_tokens(sample, encoding)[0]), task, sample))
     pool.sort(key=lambda entry: entry[0])
