@@ -372,20 +372,21 @@ if flags.data:
             f"longer than a window of {window}; use a longer text or a smaller --window")
 
 
-def story_batch(step, stages):
-    """(tokens, targets, task of each row); `stages` {task: segments} says where each task stands.
+def story_batch(step, stages, running):
+    """(tokens, targets, task of each row), from where each task stands: {task: segments}, and
+    {task: mean accuracy}, the lower the more of its rows.
 
     A step's contexts are as long as one task's stage allows, and its rows are of all tasks that
     have come so far. Seven steps in ten stay with up to four segments, dense with facts; in the
     others, of 4 to `stage` segments, the bank must hold the facts for long.
     Lengths are mostly no multiple of a segment, as in life. Half the samples spread their facts
     over the whole context, half put them in its first part, so that the bank must hold them while
-    noise alone goes by. Of several tasks, every fifth row is a bare story, as at 0K: a mixture
+    noise alone goes by. Of several tasks, two steps in five are bare stories, as at 0K: a mixture
     does not learn those along.
     """
     rng = random.Random(f"{flags.seed} {step}")
-    if len(tasks) > 1 and rng.random() < 0.25:
-        return bare_batch(rng, stages)
+    if len(tasks) > 1 and rng.random() < 0.4:
+        return bare_batch(rng, stages, running)
     stage = stages[rng.choice(tasks)]
     segments = rng.randint(min(2, stage), min(stage, 4))
     if stage > 4 and rng.random() < 0.3:
@@ -397,7 +398,7 @@ def story_batch(step, stages):
     rows = max(1, min(flags.batch_size, flags.batch_tokens // length) // world) * world
     pairs, names, refused = [], [], Counter()
     while len(pairs) < rows:
-        task = draw(rng, ready)
+        task = draw(rng, ready, running)
         sample = training_sample(task, rng, stages[task], max(4, length // 8))
         until = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
         try:
@@ -410,9 +411,9 @@ def story_batch(step, stages):
     return *babi.stack(pairs), names
 
 
-def draw(rng, names):
-    """A task; as half of the questions are of those along the way, it comes twice as often then."""
-    return rng.choices(names, [1 + bool(babi.TASKS[name].along) for name in names])[0]
+def draw(rng, names, running):
+    """One of the tasks, the likelier the more of its answers are wrong."""
+    return rng.choices(names, [1.05 - running[name] for name in names])[0]
 
 
 def training_sample(task, rng, stage, most):
@@ -422,7 +423,7 @@ def training_sample(task, rng, stage, most):
     return babi.make_sample(task, rng, flags.questions, most, window)
 
 
-def bare_batch(rng, stages):
+def bare_batch(rng, stages, running):
     """A batch as at 0K: whole stories without noise, of all tasks, each about as long as the next.
 
     Of three times as many stories, in the order of their lengths, it takes a part at random. Behind
@@ -430,7 +431,7 @@ def bare_batch(rng, stages):
     """
     pool = []
     for _ in range(3 * flags.batch_size):
-        task = draw(rng, tasks)
+        task = draw(rng, tasks, running)
         sample = training_sample(task, rng, stages[task], 1000)
         pool.append((len(babi.to_tokens(sample, encoding)[0]), task, sample))
     pool.sort(key=lambda entry: entry[0])
@@ -466,8 +467,8 @@ def text_loss(most=200):
     return total / n_tokens, total / math.log(2) / n_bytes
 
 
-def make_batch(step, stages):
-    return text_batch(step) if flags.data else story_batch(step, stages)
+def make_batch(step, stages, running):
+    return text_batch(step) if flags.data else story_batch(step, stages, running)
 
 # --------------------------------------------------------------------------------------------
 # Model, optimizers, schedule
@@ -661,7 +662,8 @@ def bench_training(segments, rounds=5):
     print("LM2's time: " + ", ".join(f"{part.replace('_', ' ')} {share / whole:.0%}"
                                      for part, share in spent.items()))
     batch = []
-    seconds = timed(lambda: batch.extend(make_batch(0, dict.fromkeys(tasks, segments))))
+    seconds = timed(lambda: batch.extend(
+        make_batch(0, dict.fromkeys(tasks, segments), state["running"])))
     print(f"making the samples: {seconds / batch[0].numel() * tokens.numel() / whole:.0%} of that, "
           "done ahead while gradients are computed")
 
@@ -740,7 +742,13 @@ losses, right, asked, n_tokens, clock, stopped = [], Counter(), Counter(), 0, ti
 live = sys.stdout.isatty()  # on a terminal the log line is rewritten in place
 
 maker = ThreadPoolExecutor(1)  # makes the next batch while gradients of this one are computed
-coming = maker.submit(make_batch, state["step"], state["stage"].copy())
+
+
+def order_batch(step):
+    return maker.submit(make_batch, step, dict(state["stage"]), dict(state["running"]))
+
+
+coming = order_batch(state["step"])
 
 while state["step"] < flags.steps and not stopped:
     step = state["step"]
@@ -789,7 +797,7 @@ while state["step"] < flags.steps and not stopped:
                     and stage < flags.segments):
                 state["stage"][task] = min(flags.segments, stage + max(1, stage // 2))
                 state["running"][task] = 0.0
-    coming = maker.submit(make_batch, step + 1, state["stage"].copy())
+    coming = order_batch(step + 1)
 
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
