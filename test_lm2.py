@@ -656,17 +656,21 @@ def test_resuming_is_exact(tiny, tmp_path):
 KILLER = """
 import lm2, os, random, runpy, signal, sys, time, babilong_tiny  # what a run needs, loaded once
 rng, kills, sys.argv = random.Random(0), 0, sys.argv[1:]
+saved = lambda: os.path.exists(path) and os.stat(path).st_mtime_ns
+path = sys.argv[-1] + "/ckpt.pt"
 while True:
-    child = os.fork()
+    before, child = saved(), os.fork()
     if not child:
-        if os.path.exists(sys.argv[-1] + "/ckpt.pt"):
+        if before:
             sys.argv.insert(1, "--resume")
         sys.argv[-1] = "--out=" + sys.argv[-1]
         runpy.run_path("train.py", run_name="__main__")
         os._exit(0)
-    done, moment = 0, time.time() + rng.uniform(0.1, 0.7)
-    while not done and (kills == 20 or time.time() < moment):
-        time.sleep(0.01)
+    done, moment = 0, None  # some time after the next checkpoint
+    while not done and (kills == 20 or moment is None or time.time() < moment):
+        if moment is None and saved() != before:
+            moment = time.time() + rng.uniform(0, 0.1)
+        time.sleep(0.001)
         done, status = os.waitpid(child, os.WNOHANG)
     if done:
         sys.exit(f"after {kills} kills, status {status}")
@@ -678,14 +682,14 @@ while True:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_killed_twenty_times_a_run_ends_with_the_very_same_weights(tmp_path):
-    flags = [*TINY, "--steps=200", "--save_every=3", "--eval_times=0"]
+    flags = [*TINY, "--task=qa1,qa7", "--steps=300", "--save_every=3", "--eval_times=0"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     run("train.py", *flags, f"--out={tmp_path}/whole", env=env)
     done = subprocess.run([sys.executable, "-c", KILLER, "train.py", *flags, f"{tmp_path}/killed"],
                           cwd=HERE, env=env, text=True, capture_output=True, timeout=280)
     assert done.stderr == "after 20 kills, status 0\n", done.stderr
     whole, killed = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "killed"))
-    assert whole["train"]["step"] == killed["train"]["step"] == 200
+    assert whole["train"]["step"] == killed["train"]["step"] == 300
     assert all(torch.equal(weight, killed["model"][name]) for name, weight in
                whole["model"].items())
     logs = [list(csv.DictReader(open(tmp_path / name / "log.csv"))) for name in ("whole", "killed")]
