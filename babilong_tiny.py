@@ -937,8 +937,8 @@ def parse_flags(config_class, description, argv=None):
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(config_class):
-        shown = f"{f.metadata['help']} ({f.default})" if f.default not in ("", (), False) \
-            else f.metadata["help"]
+        shown = f.metadata["help"] if f.default in (None, "", ()) or f.default is False else \
+            f"{f.metadata['help']} ({f.default})"
         if f.type is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction,
                                 default=f.default, help=shown)

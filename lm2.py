@@ -11,8 +11,8 @@ What is here
                  `memory_layers` blocks; each gate has a switch
     rivals       memory="rmt", the Recurrent Memory Transformer; memory="none", the decoder alone
     local mixer  an optional short causal convolution over the token embeddings
-    around it    generation with a key/value cache, optimizer groups, loading a checkpoint
-What is not here: several GPUs, dropout, pretrained weights.
+    around it    Muon and optimizer groups, generation with a key/value cache, loading a checkpoint
+What is not here: dropout, pretrained weights; several processes (train.py has them).
 
 Glossary (B batch, T tokens of a segment, N memory slots, d width, V vocabulary)
     in the code     in the paper     shape      what it is
@@ -23,7 +23,8 @@ Glossary (B batch, T tokens of a segment, N memory slots, d width, V vocabulary)
     candidate       (E_mem in 4-6)   B x N x d  what the slots would take up from the segment
     input_gate      g_in             B x N x d  how much of that is written
     forget_gate     g_forget         B x N x d  how much of the old slot stays
-    address         -                N x d      a learned name for each slot (ours)
+    address         -                N x d      learned names of the slots, one to be read by, one
+                                                to write by (ours)
 K blocks with memory have K banks; the model takes and returns them together, see `Memory`.
 
 Where this departs from the paper, and why
@@ -127,7 +128,7 @@ class Rotary(nn.Module):
 
     def forward(self, x, start=0):
         """Turn the channel pairs of x (..., T, dim), whose first row is number `start`."""
-        rows = slice(start, start + x.size(-2) or None)
+        rows = slice(start, start + x.size(-2) or None)                 # from the end if start < 0
         cos, sin = self.cos[rows], self.sin[rows]                       # (T, dim / 2)
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
@@ -226,16 +227,16 @@ class MemoryRead(nn.Module):
         self.output_gate = Gate(d, d) if config.output_gate else None
         self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
 
-    def attention(self, x, memory):
+    def attention(self, x, bank):
         """How the tokens attend to the slots, (B, T, N).
 
         W_Q goes with the keys: (E W_Q) K^T = E (K W_Q^T)^T, and there are fewer slots than tokens.
         """
-        return attention(x, self.key(normed(memory) + self.address) @ self.query.weight)    # eq. 1
+        return attention(x, self.key(normed(bank) + self.address) @ self.query.weight)      # eq. 1
 
-    def forward(self, x, memory):
-        """x (B, T, d) normed, memory (B, N, d) -> what joins the attention's output, (B, T, d)."""
-        recalled = self.attention(x, memory) @ self.value(normed(memory))       # eq. 2  (B, T, d)
+    def forward(self, x, bank):
+        """x (B, T, d) normed, bank (B, N, d) -> what joins the attention's output, (B, T, d)."""
+        recalled = self.attention(x, bank) @ self.value(normed(bank))           # eq. 2  (B, T, d)
         if self.output_gate:
             recalled = self.output_gate(recalled) * recalled                    # eq. 3
         return self.output(recalled)
@@ -255,22 +256,24 @@ class MemoryWrite(nn.Module):
         self.input_gate = Gate(2 * d, d, slots) if config.input_gate else None
         self.forget_gate = Gate(2 * d, d, slots) if config.forget_gate else None
         self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
-        # keys stand as far back as their tokens do: slots can prefer the latest
+        # the queries stand at 0, behind the segment, and are not turned; keys at -T .. -1, as far
+        # back as their tokens: slots can prefer the latest
         self.rotary = Rotary(config.block_size, d, config.rope_base, first=-config.block_size)
 
-    def attention(self, x, memory):
+    def attention(self, x, bank):
         """How the slots attend to the tokens x (B, T, d) normed, (B, N, T); to nothing as well."""
         k = self.rotary(self.key(x), start=-x.size(1))
-        return attention(self.query(normed(memory) + self.address), k, or_nothing=True)
+        return attention(self.query(normed(bank) + self.address), k, or_nothing=True)
 
-    def forward(self, x, memory):
-        """x (B, T, d) the block's output, memory (B, N, d) -> the new memory (B, N, d)."""
+    def forward(self, x, bank):
+        """x (B, T, d) the block's output, bank (B, N, d) -> the new bank (B, N, d)."""
         x = self.norm(x)
-        candidate = self.value(self.attention(x, memory) @ x)                        # (B, N, d)
-        seen = torch.cat((candidate, torch.tanh(memory)), dim=-1)                    # (B, N, 2d)
+        # A (X W_V) = (A X) W_V, and there are fewer slots than tokens
+        candidate = self.value(self.attention(x, bank) @ x)                          # (B, N, d)
+        seen = torch.cat((candidate, torch.tanh(bank)), dim=-1)                      # (B, N, 2d)
         input_gate = self.input_gate(seen) if self.input_gate else 1.0                     # eq. 4
         forget_gate = self.forget_gate(seen) if self.forget_gate else 1.0                  # eq. 5
-        return input_gate * torch.tanh(candidate) + forget_gate * memory                   # eq. 6
+        return input_gate * torch.tanh(candidate) + forget_gate * bank                     # eq. 6
 
 
 class MemoryTokens(nn.Module):
@@ -286,13 +289,13 @@ class MemoryTokens(nn.Module):
         self.before = nn.Parameter(torch.empty(config.memory_slots, config.n_embd))
         self.behind = nn.Parameter(torch.empty(config.memory_slots, config.n_embd))
 
-    def read(self, x, memory):
-        """x (B, T, d), memory (B, N, d) -> what the blocks see of a segment, (B, N + T, d)."""
-        return torch.cat((memory + self.before, x), dim=1)
+    def read(self, x, bank):
+        """x (B, T, d), bank (B, N, d) -> what the blocks see of a segment, (B, N + T, d)."""
+        return torch.cat((bank + self.before, x), dim=1)
 
-    def write(self, blocks, memory, cache):
-        """After the segment, whose keys and values the cache holds -> new memory (B, N, d)."""
-        x = memory + self.behind
+    def write(self, blocks, bank, cache):
+        """After the segment, whose keys and values the cache holds -> the new bank (B, N, d)."""
+        x = bank + self.behind
         for block, block_cache in zip(blocks, cache):
             x = block(x, None, block_cache, causal=False)
         return normed(x)
@@ -304,7 +307,8 @@ class MemoryTokens(nn.Module):
 def orthogonalized(x):
     """The orthogonal matrices nearest to x (n, rows, columns), nearly: singular values .7 to 1.2.
 
-    Five Newton-Schulz steps with the coefficients of Jordan et al. 2024, which are made for haste.
+    Five Newton-Schulz steps with the coefficients of Jordan et al. 2024, which are made for haste
+    and leave values below 0.003 of the norm smaller than that.
     """
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
@@ -360,21 +364,21 @@ def load_checkpoint(path):
 class Block(nn.Module):
     """A Llama block with a memory pathway beside its attention."""
 
-    def __init__(self, config, memory):
+    def __init__(self, config, has_memory):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.n_embd)
         self.attention = Attention(config)
-        self.read = MemoryRead(config) if memory else None
+        self.read = MemoryRead(config) if has_memory else None
         self.feed_forward_norm = nn.RMSNorm(config.n_embd)
         self.feed_forward = FeedForward(config)
-        self.write = MemoryWrite(config) if memory else None
+        self.write = MemoryWrite(config) if has_memory else None
 
-    def forward(self, x, memory, cache, causal=True):
-        """x (B, T, d), memory (B, N, d) or None -> (B, T, d). Does not change the memory."""
+    def forward(self, x, bank, cache, causal=True):
+        """x (B, T, d), bank (B, N, d) or None -> (B, T, d). Does not change the bank."""
         e = self.attention_norm(x)
         x = x + self.attention(e, cache, causal)       # E_attn: the original path, untouched
         if self.read:
-            x = x + self.read(e, memory)               # E_next = E_attn + gated memory
+            x = x + self.read(e, bank)                 # E_next = E_attn + gated memory
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -390,10 +394,11 @@ class LM2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        depth = config.memory_layers % (config.n_layer + 1) if config.memory == "lm2" else 0
+        depth = config.n_layer if config.memory_layers < 0 else config.memory_layers
+        depth = depth if config.memory == "lm2" else 0              # so many blocks have a memory
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.mixer = LocalMixer(config) if config.conv else None
-        self.blocks = nn.ModuleList(Block(config, memory=i < depth) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i < depth) for i in range(config.n_layer))
         self.memory_tokens = MemoryTokens(config) if config.memory == "rmt" else None
         self.n_banks = 1 if self.memory_tokens else depth
         self.norm = nn.RMSNorm(config.n_embd)
@@ -444,7 +449,7 @@ class LM2(nn.Module):
         return [{} for _ in self.blocks]
 
     def run_segment(self, tokens, memory, cache):
-        """A segment, or the next tokens of one: reads the banks, does not write them.
+        """A whole segment, or the next token of one: reads the banks, does not write them.
 
         tokens (B, T), the segment's cache -> the last block's output (B, T, d), and the memory, of
         which only the tail is new.
@@ -556,9 +561,8 @@ class LM2(nn.Module):
         for name, p in self.named_parameters():
             inside = p.dim() == 2 and name.startswith("blocks.") and name.endswith("weight")
             groups["rest" if not inside else "gate" if "_gate." in name else "matrix"].append(p)
-        muon = [{"params": groups["matrix"], "weight_decay": weight_decay},
-                {"params": groups["gate"], "weight_decay": 0.0}]
-        return [Muon([g for g in muon if g["params"]], lr=muon_lr),
+        return [Muon([{"params": groups["matrix"], "weight_decay": weight_decay},
+                      {"params": groups["gate"], "weight_decay": 0.0}], lr=muon_lr),
                 torch.optim.AdamW(groups["rest"], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
     @staticmethod

@@ -40,7 +40,7 @@ class Flags:
     load_memory: str = flag("", "begin with this saved memory instead of a fresh one")
     save_memory: str = flag("", "save the memory here after reading")
     # what to do then
-    ask: str = flag(None, "a question; without it, and on a terminal, you are asked for some")
+    ask: str = flag(None, "a question; without it facts and questions come from the terminal")
     prompt: str = flag(None, "a text to continue instead")
     max_new_tokens: int = flag(100, "tokens to continue the text by")
     temperature: float = flag(0.8, "randomness of the continuation, 0 = always the likeliest token")
@@ -51,7 +51,7 @@ class Flags:
     html: str = flag("", "write the same as a page for a browser to this file")
     study: bool = flag(False, "show how an update of the bank moves the attention (qa1)")
     bench: bool = flag(False, "measure memory and time over 1,000,000 tokens")
-    device: str = flag("cpu", "cpu, cuda or mps")
+    device: str = flag("cpu", "auto, cpu, cuda or mps")
 
 
 # --------------------------------------------------------------------------------------------
@@ -698,7 +698,7 @@ def main():
             die(f"--save_memory={flags.save_memory}: cannot write there")
     if flags.prompt is not None:
         said = reader.generate(encoding.encode_ordinary(flags.prompt), flags.max_new_tokens,
-                               flags.temperature, flags.top_k or None)
+                               flags.temperature, flags.top_k)
         print(flags.prompt + encoding.decode(said))
     elif flags.ask is not None:
         with torch.no_grad():
