@@ -399,6 +399,8 @@ def read_babi(path):
                 line_ids[line_id] = len(facts)
                 facts.append(text.strip())
                 continue
+            if not re.search(r"\w", text):
+                raise ValueError(f"{path}, line {number}: a question without a word")
             if not facts or not all(s in line_ids for s in support.split()):
                 raise ValueError(f"{path}, line {number}: its supporting facts ({support}) are not "
                                  "all earlier statements of this story")
@@ -605,7 +607,8 @@ def load_encoding(name, counts=None):
     if os.path.isfile(name):
         from tiktoken.load import load_tiktoken_bpe
         ranks = load_tiktoken_bpe(name)
-        if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+        if sorted(ranks.values()) != list(range(len(ranks))) or \
+                not {bytes([b]) for b in range(256)} <= set(ranks):
             raise ValueError(f"{name} is not a whole tiktoken rank file")
         return make_encoding(sorted(ranks, key=ranks.get))
     if name not in tiktoken.list_encoding_names():
@@ -858,12 +861,33 @@ def die(message):
     sys.exit(2)
 
 
+def calm_streams():
+    """No closed stream, strange character or Ctrl-C may end a script in a traceback."""
+    def hook(kind, error, trace):
+        if issubclass(kind, (BrokenPipeError, KeyboardInterrupt)):
+            os._exit(141 if kind is BrokenPipeError else 130)  # as a shell reports them
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+        elif mode == "w":
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
 def die_unless_new(name, path):
-    """No file is overwritten: one line and exit 2 if there is one, or no folder to hold it."""
+    """No file is overwritten: one line and exit 2 if there is one, or none can be written there."""
     if os.path.exists(path):
         die(f"--{name}={path}: is there already; remove it or choose another name")
     if not os.path.isdir(os.path.dirname(path) or "."):
         die(f"--{name}={path}: no such folder")
+    try:
+        with open(path, "x"):
+            pass
+        os.remove(path)
+    except OSError as error:
+        die(f"--{name}={path}: cannot write there ({error.strerror})")
 
 
 @contextlib.contextmanager
@@ -886,6 +910,16 @@ def write_csv(path, rows, columns):
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path, columns):
+    """The rows of a CSV file; ValueError if it lacks one of the columns."""
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if not set(columns) <= set(reader.fieldnames or ()):
+        raise ValueError(f"{path} is not as this script wrote it; move it away")
+    return rows
 
 
 def find_device(name):
@@ -1020,7 +1054,8 @@ def test_samples(tasks, count, folder="", seed=0):
 def load_noise(names, encoding, seed):
     """The noise that `--noise=a.txt,b.txt` names, the built-in one without names; or one line."""
     try:
-        return book_noise(encoding, names.split(",")) if names else make_noise(encoding, seed)
+        books = [name for name in names.split(",") if name]
+        return book_noise(encoding, books) if books else make_noise(encoding, seed)
     except (OSError, ValueError) as error:
         die(f"--noise: {error}")
 
@@ -1077,7 +1112,10 @@ def print_scores(flags):
     try:
         device = find_device(flags.device)
         model, encoding = LM2.load(flags.ckpt, device)
-        tasks = parse_tasks(flags.tasks or load_checkpoint(flags.ckpt)["train"]["flags"]["task"])
+        trained = load_checkpoint(flags.ckpt)["train"]["flags"]
+        if trained["data"] and not flags.tasks:
+            raise ValueError(f"{flags.ckpt} was trained on a text; name the --tasks to score it on")
+        tasks = parse_tasks(flags.tasks or trained["task"])
     except ValueError as error:
         die(error)
     except (KeyError, TypeError):
@@ -1092,6 +1130,8 @@ def print_scores(flags):
     try:
         score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise, flags.seed,
                     path, flags.retrieve)
+    except BrokenPipeError:
+        raise
     except ValueError as error:
         die(f"--lengths: {error}")
     except OSError as error:
@@ -1099,6 +1139,7 @@ def print_scores(flags):
 
 
 def main():
+    calm_streams()
     flags = parse_flags(Flags, __doc__)
     flags.samples = flags.samples or ((100,) if flags.ckpt else (3,))
     if min(flags.samples) < 1 or min(flags.length, flags.retrieve) < 0:

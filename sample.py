@@ -619,7 +619,7 @@ def chat(reader, encoding, tasks, clean, recorder):
                 before = reader.memory, list(reader.rest), reader.count
                 try:
                     print(read_stream(reader, encoding, rest.strip(), clean))
-                except (OSError, UnicodeDecodeError) as error:
+                except (OSError, ValueError) as error:
                     reader.memory, reader.rest, reader.count = before
                     reason = getattr(error, "strerror", None) or "not a text in UTF-8"
                     print(f"error: {rest.strip()}: {reason}")
@@ -635,6 +635,7 @@ def chat(reader, encoding, tasks, clean, recorder):
 
 
 def main():
+    babi.calm_streams()
     flags = parse_flags(Flags, __doc__)
     if flags.ask is not None and not flags.ask.strip(" ?\t\n"):
         die("--ask is empty; ask something like --ask=\"Where is Mary?\"")
@@ -644,13 +645,17 @@ def main():
         die("--prompt continues a text and --ask answers a question: give one of them")
     if (flags.show or flags.html) and flags.ask is None:
         die("--show and --html look at an answer; give a question with --ask")
-    if not 0 <= flags.temperature < 1e6 or flags.top_k < 0 or flags.max_new_tokens < 1:
-        die("--temperature and --top_k must not be negative and --max_new_tokens at least 1")
+    if flags.temperature != 0 and not 1e-6 < flags.temperature < 1e6:
+        die(f"--temperature={flags.temperature}: it must be 0 or a number from 1e-6 to 1e6")
+    if flags.top_k < 0 or flags.max_new_tokens < 1:
+        die("--top_k must not be negative and --max_new_tokens at least 1")
     if not 0 <= flags.seed < 2**63:
         die(f"--seed={flags.seed}: it must be a number from 0 to 2**63 - 1")
     for name in ("html", "save_memory"):
         if path := getattr(flags, name):
             die_unless_new(name, path)
+    if flags.html and os.path.realpath(flags.html) == os.path.realpath(flags.save_memory or "."):
+        die("--html and --save_memory name the same file")
     story = flags.story
     if story and not os.path.exists(story) and len(story.split()) == 1:
         die(f"--story={story}: no such file")
@@ -708,7 +713,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

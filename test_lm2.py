@@ -903,6 +903,14 @@ def test_statistics_are_printed_for_every_task():
     assert out.count("released") == out.count("generated") == 10
 
 
+def test_a_reader_that_goes_away_sees_no_traceback():
+    printing = subprocess.Popen([sys.executable, "babilong_tiny.py", "--samples=2000"], cwd=HERE,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert printing.stdout.readline().startswith("---")
+    printing.stdout.close()
+    assert printing.stderr.read() == "" and printing.wait() == 141
+
+
 def test_samples_are_printed_with_their_support_marked():
     out = run("babilong_tiny.py", "--samples=2", "--task=qa2", "--length=512")
     assert out.count("->") == 2 and ">> " in out and "512 tokens" in out
@@ -964,6 +972,11 @@ def test_samples_are_printed_with_their_support_marked():
     ("train.py", ["--compare=text"], "--data"),
     ("train.py", ["--compare=parts", "--memory=rmt"], "--memory"),
     ("train.py", ["--compare=memory", "--samples=0"], "--samples"),
+    ("train.py", ["--compare=memory", "--bench"], "--bench"),
+    ("train.py", ["--out={tmp}/log"], "log.csv"),
+    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--prompt=x", "--temperature=1e-40"], "--temperature"),
+    ("sample.py", ["--ckpt={tiny}/ckpt.pt", "--story=x y", "--ask=x", "--save_memory={tmp}/same",
+                   "--html={tmp}/same"], "same file"),
     ("train.py", ["--compare=memory", "--lengths=0,9"], "--lengths"),
     ("train.py", ["--compare=memory", "--babi_dir={tmp}/babi"], "line 2"),
     ("babilong_tiny.py", ["--task=qa99"], "qa99"),
@@ -986,6 +999,8 @@ def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path, mon
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "facts.txt").write_text("Mary went with all the others to the old office. " * 200)
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log.csv").write_text("a log,of my own\n1,2\n")
     (tmp_path / "babi").mkdir()
     (tmp_path / "babi" / "qa1_x.txt").write_text("1 Mary went to the office.\n2 Where is Mary? x\t")
     (tmp_path / "noise.bin").write_bytes(bytes(range(256)) * 9)

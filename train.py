@@ -102,6 +102,7 @@ FREE = {"resume", "out", "device", "log_every", "save_every", "eval_samples",
 # Set-up: whatever can be wrong is found here, before anything is written
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the set-up without further words
+babi.calm_streams()
 flags = parse_flags(Flags, __doc__)
 # under torchrun this is one of `world` processes, each with its share of every batch
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -232,8 +233,8 @@ def compare():
             die(f"--{name} cannot be given: --compare sets it")
     if world > 1 or bool(text) != (flags.compare == "text"):
         die("--compare runs in one process, text with --data=book.txt and the others without")
-    if min(flags.samples) < 1:
-        die("--samples must be at least 1")
+    if min(flags.samples) < 1 or flags.bench:
+        die("--samples must be at least 1, and --bench is for itself")
     samples = {} if text else babi.test_samples(tasks, max(flags.samples), flags.babi_dir)
     for task, made in samples.items():
         least = min(len(babi.to_tokens(sample, encoding)[0]) for sample in made)
@@ -279,10 +280,9 @@ def run_arm(arm, name, samples):
     if text:
         window = flags.window * flags.block_size
         per_step = rows_of(window) * window
-        with open(os.path.join(arm.out, "log.csv"), newline="") as file:
-            return [about | {"task": "text", "tokens": int(row["step"]) * per_step,
-                             "bits_per_byte": float(row["bits_per_byte"])}
-                    for row in csv.DictReader(file)]
+        rows = babi.read_csv(os.path.join(arm.out, "log.csv"), ("step", "bits_per_byte"))
+        return [about | {"task": "text", "tokens": int(row["step"]) * per_step,
+                         "bits_per_byte": float(row["bits_per_byte"])} for row in rows]
     about["stages"] = "/".join(str(stage) for stage in saved["stage"].values())
     cells = []
     for n_best in (0, 5) if name == "vanilla" else (0,):  # with retrieval: the paper's RAG row
@@ -294,10 +294,9 @@ def run_arm(arm, name, samples):
             babi.score_table(model, encoding, samples, dict(zip(flags.lengths, counts)),
                              babi.load_noise(flags.noise, encoding, "compare"), path=path,
                              n_best=n_best)
-        with open(path, newline="") as file:
-            cells += [about | {"arm": name + ", retrieval" * bool(n_best)}
-                      | {key: value if key == "task" else float(value)
-                         for key, value in row.items()} for row in csv.DictReader(file)]
+        cells += [about | {"arm": name + ", retrieval" * bool(n_best)}
+                  | {key: value if key == "task" else float(value) for key, value in row.items()}
+                  for row in babi.read_csv(path, ("task", "tokens", "accuracy", "last mentioned"))]
     return cells
 
 
@@ -742,12 +741,12 @@ log_path = os.devnull if rank else os.path.join(flags.out, "log.csv")
 columns = ["step", "loss", "accuracy", "bits_per_byte", "tokens_per_second", "input_gate",
            "forget_gate", "output_gate", "seconds", *tasks, *(f"{task}_stage" for task in tasks)]
 rows = []
-if checkpoint and os.path.exists(log_path):  # drop what a crash left behind the checkpoint
+if os.path.exists(log_path) and not rank:  # drop what a crash left behind the checkpoint
     try:
-        with open(log_path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
-    except (KeyError, TypeError, ValueError, csv.Error):
-        die(f"{log_path} is no log of this script; move it away to resume")
+        rows = [row for row in babi.read_csv(log_path, columns)
+                if int(row["step"]) <= state["step"]]
+    except (OSError, ValueError, csv.Error):
+        die(f"{log_path} is no log of such a run; move it away first")
 if not rank:
     try:
         babi.write_csv(log_path, rows, columns)
@@ -826,7 +825,7 @@ while state["step"] < flags.steps and not stopped:
         optimizer.zero_grad()
     state["step"] += 1
 
-    last = state["step"] == flags.steps or stopped
+    last, said = state["step"] == flags.steps or stopped, ""
     if state["step"] % flags.log_every == 0 or last:
         seconds = time.time() - clock
         state["seconds"] += seconds
@@ -847,22 +846,22 @@ while state["step"] < flags.steps and not stopped:
         except OSError as error:
             die_to_resume(log_path, error.strerror)
         left = (flags.steps - state["step"]) * state["seconds"] / state["step"]
-        line = (f"step {row['step']:5d}/{flags.steps}"
+        said = (f"step {row['step']:5d}/{flags.steps}"
                 + (f" | {row['bits_per_byte']:.3f} bits/byte held out" if flags.data else
                    f" | up to {max(state['stage'].values())} segments"
                    f" | accuracy {row['accuracy']:.3f}")
                 + f" | loss {row['loss']:.3f} | {row['tokens_per_second'] / 1000:.0f}k tokens/s"
                 + " | gates " + " ".join(f"{k} {v:.2f}" for k, v in gates.items() if v == v)
                 + f" | {left // 60:.0f}:{left % 60:02.0f} left")
-        print(("\r\033[K" if live else "") + line, end="" if live and not last else "\n",
-              flush=True)
         if len(tasks) > 1 and not flags.data:
-            print("\n" * live + "    stage and accuracy:", " ".join(
-                f"{task} {state['stage'][task]}:{value:.2f}" for task, value in accuracy.items()),
-                  flush=True)
+            said += "\n    stage and accuracy: " + " ".join(
+                f"{task} {state['stage'][task]}:{value:.2f}" for task, value in accuracy.items())
         losses, right, asked, n_tokens, clock = [], Counter(), Counter(), 0, time.time()
     if state["step"] % flags.save_every == 0 or last:
         save()
+    if said:  # after saving: who reads it may be gone
+        rewritten = live and not last and "\n" not in said
+        print("\r\033[K" * live + said, end="" if rewritten else "\n", flush=True)
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if dist.is_initialized():
