@@ -18,6 +18,8 @@ import subprocess
 import sys
 from functools import partial
 
+os.environ["OMP_NUM_THREADS"] = "1"  # models are tiny, and the other core has the long run
+
 import pytest
 import torch
 
@@ -621,6 +623,21 @@ def refused(monkeypatch, capsys, script, *flags):
     return said
 
 
+@pytest.fixture(scope="session", autouse=True)
+def long_run(request, tmp_path_factory):
+    """The one long training run, begun first: it has the second core while the others run."""
+    if not any("is_learned" in test.name for test in request.session.items):
+        yield
+        return
+    out = tmp_path_factory.mktemp("learned")
+    with subprocess.Popen([sys.executable, "-W", "error", "train.py", "--segments=2", "--steps=700",
+                           f"--out={out}", "--eval_samples=200", "--log_every=100",
+                           "--device=cpu"], cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
 TINY = ["--n_embd=16", "--n_head=2", "--n_kv_head=1", "--segments=2", "--eval_samples=4",
         "--batch_size=4", "--log_every=5", "--device=cpu"]
 
@@ -682,14 +699,14 @@ while True:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_killed_twenty_times_a_run_ends_with_the_very_same_weights(tmp_path):
-    flags = [*TINY, "--task=qa1,qa7", "--steps=300", "--save_every=3", "--eval_times=0"]
+    flags = [*TINY, "--task=qa1,qa7", "--steps=240", "--save_every=3", "--eval_times=0"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     run("train.py", *flags, f"--out={tmp_path}/whole", env=env)
     done = subprocess.run([sys.executable, "-c", KILLER, "train.py", *flags, f"{tmp_path}/killed"],
                           cwd=HERE, env=env, text=True, capture_output=True, timeout=280)
     assert done.stderr == "after 20 kills, status 0\n", done.stderr
     whole, killed = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "killed"))
-    assert whole["train"]["step"] == killed["train"]["step"] == 300
+    assert whole["train"]["step"] == killed["train"]["step"] == 240
     assert all(torch.equal(weight, killed["model"][name]) for name, weight in
                whole["model"].items())
     logs = [list(csv.DictReader(open(tmp_path / name / "log.csv"))) for name in ("whole", "killed")]
@@ -1055,7 +1072,7 @@ def test_hostile_files_get_one_line(tmp_path):
     encoding = babi.word_encoding()
     readers = (babi.read_babi, babi.load_encoding, lambda path: babi.book_noise(encoding, [path]),
                lambda path: list(babi.read_sentences(path)))
-    for trial in range(600):
+    for trial in range(700):
         mutated = bytearray(good * rng.randint(1, 3))
         for _ in range(rng.randint(1, 6)):
             at = rng.randrange(len(mutated))
@@ -1104,7 +1121,7 @@ def test_hostile_checkpoints_get_one_line_and_run_no_code(tiny, tmp_path, monkey
         torch.save(changed, file)
         return file.getvalue()
 
-    for trial in range(300):
+    for trial in range(200):
         (tmp_path / "forged.pt").write_bytes(forged(trial))
         for load in (LM2.load, partial(sample.load_memory, model)):
             try:
@@ -1137,10 +1154,10 @@ def test_a_comparison_trains_every_arm_once_and_goes_on_where_it_was(tmp_path, m
     assert re.search(r"(?m)^vanilla, as many parameters +[\d,]+ +\d+  \d", told)
 
 
-def test_the_memory_is_learned_and_nothing_else_does_it(tmp_path):
+def test_the_memory_is_learned_and_nothing_else_does_it(long_run):
     """Facts in the first segment, questions in the second: right with the bank, chance without."""
-    out = run("train.py", "--segments=2", "--steps=700", f"--out={tmp_path}",
-              "--eval_samples=200", "--log_every=100", "--device=cpu")
+    out, errors = long_run.communicate(timeout=280)
+    assert long_run.returncode == 0 and not errors, errors
     accuracy = {key: float(value) for key, value in re.findall(r"(\w+_1x): ([\d.]+)", out)}
     assert accuracy["memory_1x"] > 0.8, out
     assert accuracy["wiped_1x"] < 0.35 and accuracy["swapped_1x"] < 0.45, out
