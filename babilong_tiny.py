@@ -807,13 +807,13 @@ def shorten(length):
     return f"{length // 1024}k" if length % 1024 == 0 and length else str(length)
 
 
-def score_table(model, encoding, samples, lengths, noise, seed=0, path=None, n_best=0):
+def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0):
     """Print accuracies, tasks by lengths, and under them the shortcuts; returns the cells.
 
     samples  {task: list of samples of one question each}
     lengths  {tokens (0: no noise): how many of the samples to take}
     n_best   0, or how many sentences BM25 picks for the model, see `retrieve`
-    Cells are dictionaries, one for each task and length; a `path` gets them as CSV.
+    Cells are dictionaries, one for each task and length.
     Raises ValueError where no sample fits into a length.
     """
     cells, notes = {}, []
@@ -845,9 +845,6 @@ def score_table(model, encoding, samples, lengths, noise, seed=0, path=None, n_b
     print(f"{f'shortcuts at {shorten(first)}':18}" + "".join(f"{task:>7}" for task in samples))
     for name in ("best constant", "last mentioned"):
         print(f"{name:18}" + "".join(f"{cells[task, first][name]:7.3f}" for task in samples))
-    if path:
-        write_csv(path, cells.values(), next(iter(cells.values())))
-        print(f"written to {path}")
     return list(cells.values())
 
 
@@ -1051,10 +1048,15 @@ def test_samples(tasks, count, folder="", seed=0):
     return samples
 
 
+def book_names(names):
+    """The texts that a flag like `--noise=a.txt,b.txt` names."""
+    return [name for name in names.split(",") if name]
+
+
 def load_noise(names, encoding, seed):
     """The noise that `--noise=a.txt,b.txt` names, the built-in one without names; or one line."""
+    books = book_names(names)
     try:
-        books = [name for name in names.split(",") if name]
         return book_noise(encoding, books) if books else make_noise(encoding, seed)
     except (OSError, ValueError) as error:
         die(f"--noise: {error}")
@@ -1128,14 +1130,15 @@ def print_scores(flags):
     print(f"{flags.ckpt}: stories {flags.babi_dir or 'generated'}, "
           f"noise {flags.noise or 'built in'}, seed {flags.seed}")
     try:
-        score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise, flags.seed,
-                    path, flags.retrieve)
-    except BrokenPipeError:
-        raise
+        cells = score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise,
+                            flags.seed, flags.retrieve)
     except ValueError as error:
         die(f"--lengths: {error}")
+    try:
+        write_csv(path, cells, cells[0])
     except OSError as error:
         die(f"--csv={path}: cannot write there ({error.strerror})")
+    print(f"written to {path}")
 
 
 def main():

@@ -632,8 +632,8 @@ def long_run(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("learned")
     with subprocess.Popen([sys.executable, "-W", "error", "train.py", "--segments=2", "--steps=700",
                            f"--out={out}", "--eval_samples=200", "--log_every=100",
-                           "--device=cpu"], cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                           "--device=cpu"], cwd=HERE, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         yield process
         process.kill()
 
@@ -700,10 +700,9 @@ while True:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_killed_twenty_times_a_run_ends_with_the_very_same_weights(tmp_path):
     flags = [*TINY, "--task=qa1,qa7", "--steps=240", "--save_every=3", "--eval_times=0"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    run("train.py", *flags, f"--out={tmp_path}/whole", env=env)
+    run("train.py", *flags, f"--out={tmp_path}/whole")
     done = subprocess.run([sys.executable, "-c", KILLER, "train.py", *flags, f"{tmp_path}/killed"],
-                          cwd=HERE, env=env, text=True, capture_output=True, timeout=280)
+                          cwd=HERE, text=True, capture_output=True, timeout=280)
     assert done.stderr == "after 20 kills, status 0\n", done.stderr
     whole, killed = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "killed"))
     assert whole["train"]["step"] == killed["train"]["step"] == 240
@@ -736,8 +735,7 @@ def test_two_processes_learn_what_one_does_with_the_whole_batch(tmp_path):
     run("train.py", *flags, f"--out={tmp_path}/one")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc_per_node=2", "train.py", *flags, f"--out={tmp_path}/two"],
-                          cwd=HERE, text=True, capture_output=True, timeout=280,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          cwd=HERE, text=True, capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr
     one, two = (list(csv.DictReader(open(tmp_path / name / "log.csv"))) for name in ("one", "two"))
     assert len(one) == len(two) == 4

@@ -160,7 +160,7 @@ else:
     dtype, reason = torch.float32, f"safe and, at this size, fast on {kind}"
 autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
-text, books = None, [name for name in flags.noise.split(",") if name]
+text, books = None, babi.book_names(flags.noise)
 try:
     tasks = babi.parse_tasks(flags.task)
     if flags.data:
@@ -291,9 +291,11 @@ def run_arm(arm, name, samples):
         path = os.path.join(arm.out, f"scores-{asked:08x}.csv")
         if not os.path.exists(path):
             counts = flags.samples + flags.samples[-1:] * len(flags.lengths)
-            babi.score_table(model, encoding, samples, dict(zip(flags.lengths, counts)),
-                             babi.load_noise(flags.noise, encoding, "compare"), path=path,
-                             n_best=n_best)
+            scored = babi.score_table(model, encoding, samples, dict(zip(flags.lengths, counts)),
+                                      babi.load_noise(flags.noise, encoding, "compare"),
+                                      n_best=n_best)
+            babi.write_csv(path, scored, scored[0])
+            print(f"written to {path}")
         cells += [about | {"arm": name + ", retrieval" * bool(n_best)}
                   | {key: value if key == "task" else float(value) for key, value in row.items()}
                   for row in babi.read_csv(path, ("task", "tokens", "accuracy", "last mentioned"))]
