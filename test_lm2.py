@@ -14,8 +14,10 @@ import random
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 os.environ["OMP_NUM_THREADS"] = "1"  # models are tiny, and the other core has the long run
@@ -605,22 +607,39 @@ def test_real_babi_files_agree_with_the_solver(task):
 # --------------------------------------------------------------------------------------------
 # The scripts
 
-def run(*args, **kwargs):
-    """Run a script with warnings as errors and return its standard output."""
-    done = subprocess.run([sys.executable, "-W", "error", *args], text=True, timeout=280,
-                          capture_output=True, **{"cwd": HERE} | kwargs)
-    assert done.returncode == 0 and not done.stderr, done.stderr + done.stdout
-    return done.stdout
+def call(script, *flags, input=""):
+    """Run a script here, which saves the start of a process: (exit status, what it printed, and
+    on standard error). Warnings are errors."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8")
+               for name, text in (("stdin", input), ("stdout", ""), ("stderr", ""))}
+    handler, status = signal.getsignal(signal.SIGINT), 0
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(sys, "argv", [script, *flags])
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        for name, stream in streams.items():
+            patch.setattr(sys, name, stream)
+        try:
+            runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            signal.signal(signal.SIGINT, handler)
+    return status, *(streams[name].detach().getvalue().decode() for name in ("stdout", "stderr"))
 
 
-def refused(monkeypatch, capsys, script, *flags):
-    """The one line of complaint of a script that must not run, without a process of its own."""
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(os.path.join(HERE, script), run_name="__main__")
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and said.startswith("error: "), said
-    return said
+def run(script, *flags, input=""):
+    """What a script prints that has nothing to complain about."""
+    status, out, errors = call(script, *flags, input=input)
+    assert status == 0 and not errors, errors + out
+    return out
+
+
+def refused(script, *flags):
+    """The one line of complaint of a script that must not run."""
+    status, _, errors = call(script, *flags)
+    assert status == 2 and errors.count("\n") == 1 and errors.startswith("error: "), errors
+    return errors
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -650,17 +669,18 @@ def tiny(tmp_path_factory):
     return out
 
 
-def test_resuming_is_exact(tiny, tmp_path):
-    stop_after_five = "import signal, os, runpy, sys, lm2; sys.argv = sys.argv[1:]\n" \
-        "old = lm2.LM2.forward\ncalls = []\n" \
-        "def forward(self, *args, **kwargs):\n" \
-        "    calls.append(1)\n" \
-        "    if len(calls) == 5: os.kill(os.getpid(), signal.SIGINT)\n" \
-        "    return old(self, *args, **kwargs)\n" \
-        "lm2.LM2.forward = forward\n" \
-        "runpy.run_path('train.py', run_name='__main__')\n"
+def test_resuming_is_exact(tiny, tmp_path, monkeypatch):
+    forward, calls = LM2.forward, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LM2, "forward", interrupted)
     flags = [*TINY, "--steps=10", f"--out={tmp_path}"]
-    assert "stopped after step 5" in run("-c", stop_after_five, "train.py", *flags)
+    assert "stopped after step 5" in run("train.py", *flags)
     run("train.py", "--resume", f"--out={tmp_path}")
     whole, resumed = (load_checkpoint(f"{folder}/ckpt.pt") for folder in (tiny, tmp_path))
     assert whole["train"]["step"] == resumed["train"]["step"] == 10
@@ -671,7 +691,7 @@ def test_resuming_is_exact(tiny, tmp_path):
 
 
 KILLER = """
-import lm2, os, random, runpy, signal, sys, time, babilong_tiny  # what a run needs, loaded once
+import lm2, os, random, runpy, signal, sys, time, babilong_tiny, torch._dynamo  # loaded once
 rng, kills, sys.argv = random.Random(0), 0, sys.argv[1:]
 saved = lambda: os.path.exists(path) and os.stat(path).st_mtime_ns
 path = sys.argv[-1] + "/ckpt.pt"
@@ -752,10 +772,9 @@ def test_a_checkpoint_is_plain_data_and_loads_with_its_tokenizer(tiny):
     assert model.config.vocab_size == encoding.n_vocab
 
 
-def test_an_earlier_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
+def test_an_earlier_run_is_never_overwritten(tmp_path):
     (tmp_path / "ckpt.pt").write_text("precious")
-    assert "--resume" in refused(monkeypatch, capsys, "train.py", *TINY, "--steps=1",
-                                 f"--out={tmp_path}")
+    assert "--resume" in refused("train.py", *TINY, "--steps=1", f"--out={tmp_path}")
     assert (tmp_path / "ckpt.pt").read_text() == "precious" and len(os.listdir(tmp_path)) == 1
 
 
@@ -851,8 +870,9 @@ def test_the_answer_is_shown_with_what_it_was_read_from(tiny, tmp_path):
                 assert all(len(slot) == len(segment["tokens"]) for slot in block[kind])
 
 
-def test_the_study_compares_three_banks(tiny, tmp_path):
-    out = run(f"{HERE}/sample.py", f"--ckpt={tiny}/ckpt.pt", "--study", cwd=tmp_path)
+def test_the_study_compares_three_banks(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = run("sample.py", f"--ckpt={tiny}/ckpt.pt", "--study")
     assert out.count("bank frozen") == 2 and out.count("answer") == 2
 
 
@@ -1009,8 +1029,7 @@ def test_samples_are_printed_with_their_support_marked():
     ("babilong_tiny.py", ["--facts_in=0.5,0.1"], "--facts_in"),
     ("babilong_tiny.py", ["--babi_dir={tmp}/nowhere"], "--babi_dir"),
 ])
-def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path, monkeypatch,
-                                       capsys):
+def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "facts.txt").write_text("Mary went with all the others to the old office. " * 200)
@@ -1032,7 +1051,7 @@ def test_bad_input_gets_one_clear_line(script, flags, names, tiny, tmp_path, mon
                       other=tmp_path / "other.pt") for f in flags]
     if script == "train.py" and not any(f.startswith("--out") for f in flags):
         flags.append(f"--out={tmp_path}/out")
-    assert names in refused(monkeypatch, capsys, script, *flags)
+    assert names in refused(script, *flags)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -1060,7 +1079,7 @@ def test_hostile_flags_get_one_line(tmp_path, monkeypatch, capsys):
                 said = capsys.readouterr().err
                 assert stop.code == 2 and said.count("\n") == 1 and len(said) < 1000, said
     for _ in range(100):  # the whole script; the last flag is never right
-        refused(monkeypatch, capsys, "train.py", *hostile_flags(rng, sample.Flags), "--steps=0")
+        refused("train.py", *hostile_flags(rng, sample.Flags), "--steps=0")
     assert not os.listdir(tmp_path)
 
 
@@ -1129,7 +1148,7 @@ def test_hostile_checkpoints_get_one_line_and_run_no_code(tiny, tmp_path, monkey
     assert sorted(os.listdir(tmp_path)) == ["forged.pt", "memory.pt"]
 
 
-def test_a_comparison_trains_every_arm_once_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+def test_a_comparison_trains_every_arm_once_and_goes_on_where_it_was(tmp_path):
     out = ["train.py", "--compare=memory", *TINY, "--steps=3", "--seeds=7", "--lengths=0,256",
            "--samples=6", f"--out={tmp_path}/c"]
     first = run(*out)
@@ -1140,16 +1159,46 @@ def test_a_comparison_trains_every_arm_once_and_goes_on_where_it_was(tmp_path, m
     assert len(cells) == len(arms) * 2 and "best constant" in cells[0]
     for path in (tmp_path / "c" / "RMT-7").glob("scores-*.csv"):
         path.unlink()
+    trained = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("ckpt.pt")}
     again = run(*out)
-    assert "steps, contexts" not in again and again.count("exact match") == 1
+    assert again.count("exact match") == 1 and len(trained) == 4
+    assert trained == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("ckpt.pt")}
     assert again[again.index("\nqa1, accuracy"):] == first[first.index("\nqa1, accuracy"):]
     other = [flag for flag in out if not flag.startswith("--steps")]
-    assert "--steps=3, not 9" in refused(monkeypatch, capsys, *other, "--steps=9")
+    assert "--steps=3, not 9" in refused(*other, "--steps=9")
+
+
+def call_command(command):
+    """subprocess.run without a process, for a script of ours."""
+    return subprocess.CompletedProcess(command, call(*command[1:])[0])
+
+
+def test_texts_are_compared_at_equal_parameters_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", call_command)
     text = tmp_path / "book.txt"
     text.write_text("It was a dark and stormy night; the rain fell in torrents. " * 200)
     told = run("train.py", "--compare=text", *TINY, f"--data={text}", "--steps=3", "--seeds=0",
                "--block_size=16", "--n_layer=1", f"--out={tmp_path}/t")
-    assert re.search(r"(?m)^vanilla, as many parameters +[\d,]+ +\d+  \d", told)
+    parameters = dict(re.findall(r"(?m)^(\w.*?)  +([\d,]+) +\d+  \d", told))
+    count = {name: int(number.replace(",", "")) for name, number in parameters.items()}
+    assert list(count) == ["memory in all blocks", "vanilla", "vanilla, as many parameters"]
+    assert count["vanilla"] < 0.8 * count["memory in all blocks"]
+    assert 0.9 < count["vanilla, as many parameters"] / count["memory in all blocks"] < 1.1
+
+
+def test_an_arm_whose_loss_is_no_number_is_left_out_and_named(tmp_path, monkeypatch):
+    forward = LM2.forward
+
+    def broken(self, *args, **kwargs):
+        logits, *rest = forward(self, *args, **kwargs)
+        return logits * (math.nan if self.config.memory == "rmt" else 1.0), *rest
+
+    monkeypatch.setattr(LM2, "forward", broken)
+    monkeypatch.setattr(subprocess, "run", call_command)
+    told = run("train.py", "--compare=memory", *TINY, "--steps=1", "--seeds=0", "--lengths=0",
+               "--samples=2", f"--out={tmp_path}")
+    assert "no longer a number: RMT, seed 0\n" in told
+    assert re.search(r"(?m)^LM2 +[\d,]+ ", told) and not re.search(r"(?m)^RMT +[\d,]+ ", told)
 
 
 def test_the_memory_is_learned_and_nothing_else_does_it(long_run):

@@ -97,6 +97,7 @@ class Flags:
 # flags that change nothing in what is learned
 FREE = {"resume", "out", "device", "log_every", "save_every", "eval_samples",
         "eval_times", "babi_dir", "bench", "compare", "seeds", "lengths", "samples"}
+DIVERGED = 3  # exit status of a run whose loss is no longer a number
 
 # --------------------------------------------------------------------------------------------
 # Set-up: whatever can be wrong is found here, before anything is written
@@ -153,7 +154,10 @@ if world > 1:
     if kind == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    except (ValueError, RuntimeError):
+        die("WORLD_SIZE is set, but the processes do not find each other; begin them with torchrun")
 if kind == "cuda" and torch.cuda.is_bf16_supported():
     dtype, reason = torch.bfloat16, "the GPU computes it natively"
 else:
@@ -240,7 +244,7 @@ def compare():
         least = min(len(babi.to_tokens(sample, encoding)[0]) for sample in made)
         if not least <= min(n or least for n in flags.lengths):
             die(f"--lengths: the shortest sample of {task} has {least} tokens (0 = no noise)")
-    variants, spent, cells = arms(), [], []
+    variants, spent, cells, lost = arms(), [], [], []
     jobs = list(itertools.product(dict.fromkeys(flags.seeds), variants))
     for number, (seed, name) in enumerate(jobs):
         left = statistics.mean(spent or [0]) * (len(jobs) - number)
@@ -249,14 +253,23 @@ def compare():
         out = os.path.join(flags.out, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
         arm = replace(flags, compare="", babi_dir="", eval_times=0, seed=seed, out=out,
                       **variants[name])
-        cells += run_arm(arm, name, samples)
-        spent.append(cells[-1]["seconds"])
+        found = run_arm(arm, name, samples)
+        cells += found
+        spent += [cell["seconds"] for cell in found[:1]]
+        if not found:
+            lost.append(f"{name}, seed {seed}")
         if (number + 1) % len(variants) == 0:
-            report(cells)
+            if cells:
+                report(cells)
+            if lost:
+                print("left out, as their loss was no longer a number: " + "; ".join(lost))
 
 
 def run_arm(arm, name, samples):
-    """Train one arm to its end, unless it is there; returns its cells of the table."""
+    """Train one arm to its end, unless it is there; returns its cells of the table.
+
+    There are none if its loss was no longer a number.
+    """
     ckpt, steps = os.path.join(arm.out, "ckpt.pt"), 0
     if os.path.exists(ckpt):
         saved, arm.resume = load_checkpoint(ckpt)["train"], True
@@ -270,6 +283,8 @@ def run_arm(arm, name, samples):
         command = [sys.executable, os.path.abspath(__file__), *babi.as_flags(arm)]
         code = subprocess.run(command).returncode
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if code == DIVERGED:
+            return []
         if code > 0:
             sys.exit(code)
         if code < 0 or load_checkpoint(ckpt)["train"]["step"] < arm.steps:
@@ -804,7 +819,7 @@ while state["step"] < flags.steps and not stopped:
     if not math.isfinite(mean_loss):
         print(f"\nstep {step}: the loss is {mean_loss}. Stopped; the checkpoint from before, "
               "if there is one, is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(DIVERGED)
     for task, n_right, n_asked in zip(tasks, counts[::2], counts[1::2]):
         if n_asked:
             right[task] += n_right
