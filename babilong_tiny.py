@@ -23,6 +23,7 @@ and sorted, the question last, the total length exact.
 Every function draws from the `random.Random` it is given and from nothing else.
 """
 import argparse
+import base64
 import codecs
 import contextlib
 import csv
@@ -605,8 +606,12 @@ def load_encoding(name, counts=None):
     if name == "words":
         return word_encoding(counts)
     if os.path.isfile(name):
-        from tiktoken.load import load_tiktoken_bpe
-        ranks = load_tiktoken_bpe(name)
+        try:  # not by tiktoken, which would give back an older file of the same name from its cache
+            with open(name, "rb") as file:
+                ranks = {base64.b64decode(token): int(rank)
+                         for token, rank in (line.split() for line in file if line.strip())}
+        except ValueError:
+            ranks = {}
         if sorted(ranks.values()) != list(range(len(ranks))) or \
                 not {bytes([b]) for b in range(256)} <= set(ranks):
             raise ValueError(f"{name} is not a whole tiktoken rank file")
@@ -697,14 +702,14 @@ def answered(model, tokens, targets):
 def answered_by_bank(model, tokens, targets):
     """The proof that the memory does it: which rows (B, T) are answered right with the bank
 
-    "kept" as it is; "wiped" at every segment, so that only the last segment is seen; "swapped"
+    "memory" as it is; "wiped" at every segment, so that only the last segment is seen; "swapped"
     with the previous row's just before the last segment. The question must lie in the last segment.
     Returns a dictionary of three (B,) bool.
     """
     border = (tokens.size(1) - 1) // model.config.block_size * model.config.block_size
     tokens, targets = tokens.to(model.device), targets[:, border:]
     memory = model(tokens[:, :border], last=1)[2] if border else model.fresh_memory(len(tokens))
-    banks = {"kept": memory.banks, "wiped": model.fresh_memory(len(tokens)).banks,
+    banks = {"memory": memory.banks, "wiped": model.fresh_memory(len(tokens)).banks,
              "swapped": memory.banks.roll(1, dims=0)}
     return {name: hits(model(tokens[:, border:], memory=memory._replace(banks=bank))[0].cpu(),
                        targets) for name, bank in banks.items()}
@@ -935,9 +940,19 @@ def find_device(name):
     return name
 
 
-def flag(default, help, choices=None):
+def flag(default, help, least=None, most=10**9, choices=None):
     """A dataclass field that `parse_flags` turns into a command-line flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+    return field(default=default, metadata={"help": help, "choices": choices,
+                                            "limits": None if least is None else (least, most)})
+
+
+def check_limits(config):
+    """One line and exit 2 if a flag that is a number lies outside its limits."""
+    for f in fields(config):
+        if limits := f.metadata["limits"]:
+            if not limits[0] <= getattr(config, f.name) <= limits[1]:
+                die(f"--{f.name}={getattr(config, f.name)}: it must be a number from "
+                    f"{limits[0]:g} to {limits[1]:g}")
 
 
 def span(text):
@@ -1011,7 +1026,7 @@ class Flags:
     # samples
     task: str = flag("qa1", "which task to print samples of", choices=tuple(TASKS))
     samples: token_counts = flag((), "how many: of the task (3), or for each of --lengths (200,50)")
-    length: int = flag(128, "tokens in all, question and answer included; 0 = facts without noise")
+    length: int = flag(128, "tokens in all, question and answer included; 0 = no noise", 0)
     facts_in: span = flag((0.0, 1.0), "the part of the context that holds the facts: 0.0,0.5")
     babi_dir: str = flag("", "folder of real bAbI files to take the stories from")
     noise: str = flag("", "texts to hide the facts in, instead of the built-in noise: a.txt,b.txt")
@@ -1022,7 +1037,7 @@ class Flags:
     ckpt: str = flag("", "score this checkpoint of train.py instead")
     tasks: str = flag("", "tasks to score: qa1,qa2 or all (those it was trained on)")
     lengths: token_counts = flag((0, 1024, 4096), "tokens of context: 0,1k,4k (0 = no noise)")
-    retrieve: int = flag(0, "show the model only so many sentences, those that BM25 finds best")
+    retrieve: int = flag(0, "show the model only so many sentences, those BM25 finds best", 0)
     csv: str = flag("", "where to write the scores (babilong.csv beside the checkpoint)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
@@ -1145,8 +1160,9 @@ def main():
     calm_streams()
     flags = parse_flags(Flags, __doc__)
     flags.samples = flags.samples or ((100,) if flags.ckpt else (3,))
-    if min(flags.samples) < 1 or min(flags.length, flags.retrieve) < 0:
-        die("--samples must be at least 1, --length and --retrieve at least 0")
+    check_limits(flags)
+    if min(flags.samples) < 1:
+        die("--samples must be at least 1")
     if flags.ckpt:
         print_scores(flags)
     elif flags.stats:

@@ -16,7 +16,7 @@ What is not here: dropout, pretrained weights; several processes (train.py has t
 
 Glossary (B batch, T tokens of a segment, N memory slots, d width, V vocabulary)
     in the code     in the paper     shape      what it is
-    memory          M_t              B x N x d  a block's memory bank; starts as eye(N, d)
+    bank            M_t              B x N x d  a block's memory bank; starts as eye(N, d)
     x               E_t, E_attn      B x T x d  token embeddings on their way through the blocks
     recalled        E_mem            B x T x d  what the tokens read from the bank
     output_gate     g_out            B x T x d  how much of it joins the decoder
@@ -69,11 +69,13 @@ class LM2Config:
     rope_base: float = 10000.0  # base of the rotary wavelengths
 
     def __post_init__(self):
-        most = {"n_layer": 1000, "block_size": 2**24, "memory_slots": 2**16}
-        for name in ("vocab_size", "n_head", "n_kv_head", "n_embd", *most):
-            if not 1 <= getattr(self, name) <= most.get(name, 2**31):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 1 to "
-                                 f"{most.get(name, 2**31)}")
+        limits = {name: (1, 2**31) for name in ("vocab_size", "n_head", "n_kv_head", "n_embd")} | {
+            "n_layer": (1, 1000), "block_size": (1, 2**24), "memory_slots": (1, 2**16),
+            "conv": (0, 2**31), "memory_layers": (-1, self.n_layer)}
+        for name, (least, most) in limits.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from {least} to "
+                                 f"{most}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head "
                              f"({2 * self.n_head}): rotary positions turn pairs of each head's "
@@ -81,13 +83,8 @@ class LM2Config:
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head "
                              f"({self.n_kv_head}): query heads share key/value heads evenly")
-        if self.conv < 0:
-            raise ValueError(f"conv is {self.conv}; use 0 for none or the number of tokens it sees")
         if self.memory not in ("lm2", "rmt", "none"):
             raise ValueError(f"memory is {self.memory!r}; use 'lm2', 'rmt' or 'none'")
-        if not -1 <= self.memory_layers <= self.n_layer:
-            raise ValueError(f"memory_layers is {self.memory_layers}; use 0 to n_layer "
-                             f"({self.n_layer}), or -1 for all")
 
 
 # --------------------------------------------------------------------------------------------
@@ -98,7 +95,7 @@ def normed(x):
     return F.rms_norm(x, x.shape[-1:])
 
 
-def attention(q, k, or_nothing=False):
+def attend(q, k, or_nothing=False):
     """softmax(q k^T / sqrt(d)) with one head, as in eq. 1. q (B, Q, d), k (B, K, d) -> (B, Q, K).
 
     With `or_nothing` there is one key more, all zero, for a query to attend to nothing.
@@ -232,7 +229,7 @@ class MemoryRead(nn.Module):
 
         W_Q goes with the keys: (E W_Q) K^T = E (K W_Q^T)^T, and there are fewer slots than tokens.
         """
-        return attention(x, self.key(normed(bank) + self.address) @ self.query.weight)      # eq. 1
+        return attend(x, self.key(normed(bank) + self.address) @ self.query.weight)      # eq. 1
 
     def forward(self, x, bank):
         """x (B, T, d) normed, bank (B, N, d) -> what joins the attention's output, (B, T, d)."""
@@ -263,7 +260,7 @@ class MemoryWrite(nn.Module):
     def attention(self, x, bank):
         """How the slots attend to the tokens x (B, T, d) normed, (B, N, T); to nothing as well."""
         k = self.rotary(self.key(x), start=-x.size(1))
-        return attention(self.query(normed(bank) + self.address), k, or_nothing=True)
+        return attend(self.query(normed(bank) + self.address), k, or_nothing=True)
 
     def forward(self, x, bank):
         """x (B, T, d) the block's output, bank (B, N, d) -> the new bank (B, N, d)."""
@@ -487,8 +484,8 @@ class LM2(nn.Module):
         memory   the `Memory` that an earlier call returned; None: a fresh one
         last     return and score only the last so many positions: without gradients a long context
                  then needs no more working memory than a short one
-        scored_only   logits of the positions that have a target alone, (n, vocab), row by row:
-                 with few answers in a long context most of the head's work is saved
+        scored_only   logits (n, vocab) and loss (n,) of the positions that have a target alone, row
+                 by row: with few answers in a long context most of the head's work is saved
         Returns logits (B, T or last, vocab), the mean cross-entropy in nats (None without targets)
         and the memory. Cutting a long input at multiples of block_size and passing the memory on
         gives the same logits as one call. An unfinished last segment is written as if the text
@@ -505,15 +502,14 @@ class LM2(nn.Module):
             if start + segment.size(1) > first:
                 hidden.append(output[:, max(first - start, 0):])
         hidden = torch.cat(hidden, dim=1)                               # (B, T - first, d)
-        if targets is not None:
-            targets = targets[:, first:]
-            if scored_only:
-                hidden, targets = hidden[targets >= 0], targets[targets >= 0]
-        logits = self.head(hidden)                                      # (B, T - first, vocab)
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(),
-                                   ignore_index=-1)
+        if targets is None:
+            return self.head(hidden), None, memory                      # (B, T - first, vocab)
+        targets = targets[:, first:]
+        if scored_only:
+            hidden, targets = hidden[targets >= 0], targets[targets >= 0]
+        logits = self.head(hidden)
+        loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1,
+                               reduction="none" if scored_only else "mean")
         return logits, loss, memory
 
     def head(self, x):

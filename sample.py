@@ -42,10 +42,10 @@ class Flags:
     # what to do then
     ask: str = flag(None, "a question; without it facts and questions come from the terminal")
     prompt: str = flag(None, "a text to continue instead")
-    max_new_tokens: int = flag(100, "tokens to continue the text by")
+    max_new_tokens: int = flag(100, "tokens to continue the text by", 1)
     temperature: float = flag(0.8, "randomness of the continuation, 0 = always the likeliest token")
-    top_k: int = flag(50, "choose among the k likeliest tokens only, 0 = among all")
-    seed: int = flag(0, "seed of the continuation")
+    top_k: int = flag(50, "choose among the k likeliest tokens only, 0 = among all", 0)
+    seed: int = flag(0, "seed of the continuation", 0, 2**63 - 1)
     # what to see
     show: bool = flag(False, "print what the slots wrote and, for the answer, read")
     html: str = flag("", "write the same as a page for a browser to this file")
@@ -647,10 +647,10 @@ def main():
         die("--show and --html look at an answer; give a question with --ask")
     if flags.temperature != 0 and not 1e-6 < flags.temperature < 1e6:
         die(f"--temperature={flags.temperature}: it must be 0 or a number from 1e-6 to 1e6")
-    if flags.top_k < 0 or flags.max_new_tokens < 1:
-        die("--top_k must not be negative and --max_new_tokens at least 1")
-    if not 0 <= flags.seed < 2**63:
-        die(f"--seed={flags.seed}: it must be a number from 0 to 2**63 - 1")
+    babi.check_limits(flags)
+    for name in ("story", "read", "load_memory", "save_memory", "ask", "prompt", "show", "html"):
+        if (flags.study or flags.bench) and getattr(flags, name):
+            die(f"--study and --bench have texts of their own: leave --{name} away")
     for name in ("html", "save_memory"):
         if path := getattr(flags, name):
             die_unless_new(name, path)

@@ -46,7 +46,7 @@ class Flags:
     out: str = flag("out", "folder for the checkpoint and the log")
     resume: bool = flag(False, "go on from the checkpoint in the folder --out")
     # the model, see LM2Config
-    block_size: int = flag(64, "tokens in a segment")
+    block_size: int = flag(64, "tokens in a segment", 1, 10**6)
     n_layer: int = flag(2, "blocks")
     n_head: int = flag(4, "attention heads")
     n_kv_head: int = flag(2, "key/value heads")
@@ -61,27 +61,27 @@ class Flags:
     address: bool = flag(True, "give every slot a learned name")
     full_window: bool = flag(False, "with --memory=none: attention over all --segments at once")
     # training
-    steps: int = flag(3000, "training steps")
-    batch_size: int = flag(32, "samples in a step while contexts are short")
-    batch_tokens: int = flag(8192, "most tokens in a step: long contexts come in smaller batches")
-    segments: int = flag(64, "segments of the longest training context")
-    window: int = flag(8, "segments of a training window, with --data")
-    questions: int = flag(4, "questions at the end of a training sample")
-    threshold: float = flag(0.9, "part of the way from chance to all right that moves a task on")
-    lr: float = flag(2e-3, "AdamW learning rate (all but the matrices inside blocks)")
-    muon_lr: float = flag(1e-2, "Muon learning rate (matrices inside blocks)")
-    weight_decay: float = flag(0.1, "decay of the matrices inside blocks, but the gates'")
-    warmup: int = flag(50, "steps until the learning rate is whole")
-    cooldown: float = flag(0.6, "part of the steps, at the end, in which it falls to a fiftieth")
-    grad_clip: float = flag(1.0, "largest norm of the gradient")
-    seed: int = flag(0, "seed of weights and data")
+    steps: int = flag(3000, "training steps", 1)
+    batch_size: int = flag(32, "samples in a step while contexts are short", 1)
+    batch_tokens: int = flag(8192, "most tokens in a step: long contexts, small batches", 1)
+    segments: int = flag(64, "segments of the longest training context", 2, 10**6)
+    window: int = flag(8, "segments of a training window, with --data", 1)
+    questions: int = flag(4, "questions at the end of a training sample", 1)
+    threshold: float = flag(0.9, "way from chance to all right that moves a task on", 0, 1)
+    lr: float = flag(2e-3, "AdamW learning rate (all but the matrices inside blocks)", 0, 100)
+    muon_lr: float = flag(1e-2, "Muon learning rate (matrices inside blocks)", 0, 100)
+    weight_decay: float = flag(0.1, "decay of the matrices inside blocks, but the gates'", 0, 100)
+    warmup: int = flag(50, "steps until the learning rate is whole", 0)
+    cooldown: float = flag(0.6, "part of the steps, the last, in which it falls", 0, 1)
+    grad_clip: float = flag(1.0, "largest norm of the gradient", 1e-9, 1e9)
+    seed: int = flag(0, "seed of weights and data", 0, 2**63 - 1)
     # the machine and the log
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    log_every: int = flag(50, "steps between log lines")
-    save_every: int = flag(500, "steps between checkpoints")
+    log_every: int = flag(50, "steps between log lines", 1)
+    save_every: int = flag(500, "steps between checkpoints", 1)
     # the proof
-    eval_samples: int = flag(500, "samples in a row of the proof table (fewer where it says so)")
-    eval_times: int = flag(16, "longest row of the proof, in longest contexts; 0 for no proof")
+    eval_samples: int = flag(500, "samples in a row of the proof table (fewer where it says so)", 2)
+    eval_times: int = flag(16, "longest row of the proof, in longest contexts; 0 for no proof", 0)
     babi_dir: str = flag("", "folder of real bAbI files to test on as well; never trained on")
     # comparisons and the benchmark
     bench: bool = flag(False, "measure speed and memory beside RMT and the vanilla decoder")
@@ -109,15 +109,15 @@ flags = parse_flags(Flags, __doc__)
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 if rank:
     sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
-path = os.path.join(flags.out, "ckpt.pt")
+ckpt_path = os.path.join(flags.out, "ckpt.pt")
 checkpoint = None
 if flags.resume:
     try:
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(ckpt_path)
         saved = Flags(**checkpoint["train"]["flags"])
         for f in fields(Flags):
             if type(getattr(saved, f.name)) is not type(f.default):
-                raise ValueError(f"--{f.name} is no {type(f.default).__name__} in {path}")
+                raise ValueError(f"--{f.name} is no {type(f.default).__name__} in {ckpt_path}")
     except (ValueError, TypeError, KeyError) as error:
         die(f"--resume: {error}")
     given = {arg[2:].split("=")[0].removeprefix("no-") for arg in sys.argv if arg[:2] == "--"}
@@ -129,49 +129,42 @@ if flags.resume:
                 f"({getattr(saved, name)}); leave it away to resume, or choose another --out")
         setattr(flags, name, getattr(saved, name))
 
-# flags that are numbers: the least and the most they may be
-COUNTS = (1, 10**9)
-LIMITS = dict(steps=COUNTS, batch_size=COUNTS, batch_tokens=COUNTS, segments=(2, 10**6),
-              window=COUNTS, questions=COUNTS, warmup=(0, 10**9), log_every=COUNTS,
-              save_every=COUNTS, eval_samples=COUNTS, eval_times=(0, 10**9),
-              block_size=(1 if flags.data else 32, 10**6), lr=(0, 100), muon_lr=(0, 100),
-              weight_decay=(0, 100), grad_clip=(1e-9, 1e9), threshold=(0, 1), cooldown=(0, 1),
-              seed=(0, 2**63 - 1))
-for name, (least, most) in LIMITS.items():
-    if not least <= getattr(flags, name) <= most:
-        die(f"--{name}={getattr(flags, name)}: it must be a number from {least:g} to {most:g}")
-if os.path.exists(path) and not checkpoint and not flags.bench:
-    die(f"{path} is there from an earlier run; --resume it, choose another --out or remove it")
+babi.check_limits(flags)
+if not flags.data and flags.block_size < 32:
+    die(f"--block_size={flags.block_size}: questions and answers need segments of at least 32")
+if os.path.exists(ckpt_path) and not (checkpoint or flags.bench or flags.compare):
+    die(f"{ckpt_path} is there from an earlier run; --resume it, choose another --out or remove it")
 
 try:
     device = babi.find_device(flags.device)
 except ValueError as error:
     die(error)
-kind = device.split(":")[0]
+device_type = device.split(":")[0]
 if world > 1:
-    if kind == "mps" or kind == "cuda" and torch.cuda.device_count() < world:
+    if device_type == "mps" or device_type == "cuda" and torch.cuda.device_count() < world:
         die(f"torchrun: {world} processes need as many CUDA devices, or --device=cpu")
-    if kind == "cuda":
+    if device_type == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     except (ValueError, RuntimeError):
         die("WORLD_SIZE is set, but the processes do not find each other; begin them with torchrun")
-if kind == "cuda" and torch.cuda.is_bf16_supported():
-    dtype, reason = torch.bfloat16, "the GPU computes it natively"
-else:
-    dtype, reason = torch.float32, f"safe and, at this size, fast on {kind}"
-autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+if device_type == "cuda" and ":" in device:
+    torch.cuda.set_device(device)
+native = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+dtype = torch.bfloat16 if native else torch.float32
+autocast = torch.autocast(device_type, dtype, enabled=native)
 
 text, books = None, babi.book_names(flags.noise)
+if flags.data and (books or flags.babi_dir or flags.task != Flags.task):
+    die("--data learns a text: leave --task, --noise and --babi_dir away")
 try:
-    tasks = babi.parse_tasks(flags.task)
+    tasks = () if flags.data else babi.parse_tasks(flags.task)
     if flags.data:
         with open(flags.data, encoding="utf-8") as file:
             text = file.read()
     if checkpoint:
-        encoding = LM2.load(path)[1]  # the texts may have changed, the tokens may not
+        encoding = LM2.load(ckpt_path)[1]
     else:
         learned = [text[:len(text) * 9 // 10]] if text else \
             (sentence for book in books for sentence in babi.read_sentences(book))
@@ -179,6 +172,10 @@ try:
     if not flags.data:
         noise = babi.book_noise(encoding, books) if books else \
             babi.make_noise(encoding, flags.seed)
+    texts = zlib.crc32((text or "").encode())  # a resumed run must have the same
+    for book in books:
+        with open(book, "rb") as file:
+            texts = zlib.crc32(file.read(), texts)
 except (OSError, UnicodeDecodeError, ValueError) as error:
     reason = "not a text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
     die(f"--data={flags.data}: {reason}" if text is None and flags.data else reason)
@@ -319,15 +316,15 @@ def run_arm(arm, name, samples):
 
 def report(cells):
     """Print means over the seeds and their standard deviation; write a CSV and a picture."""
-    kind = "bits_per_byte" if text else "accuracy"
+    metric = "bits_per_byte" if text else "accuracy"
     spread = {}  # {task: {arm: {tokens: [a value for each seed]}}}
     for cell in cells:
         row = spread.setdefault(cell["task"], {}).setdefault(cell["arm"], {})
-        row.setdefault(int(cell["tokens"]), []).append(cell[kind])
+        row.setdefault(int(cell["tokens"]), []).append(cell[metric])
     lengths = sorted({int(cell["tokens"]) for cell in cells})
     for task, rows in spread.items():
         shown = lengths[-1:] if text else lengths
-        print(f"\n{task}, {kind.replace('_', ' ')}: mean of seeds "
+        print(f"\n{task}, {metric.replace('_', ' ')}: mean of seeds "
               f"{', '.join(str(seed) for seed in dict.fromkeys(cell['seed'] for cell in cells))}"
               f" ± standard deviation\n{'':27}parameters  seconds"
               + "".join(f"{babi.shorten(n):>14}" for n in shown))
@@ -341,18 +338,18 @@ def report(cells):
         for name in ("best constant", "last mentioned") if not text else ():
             found = {int(cell["tokens"]): cell[name] for cell in cells if cell["task"] == task}
             print(f"{name:46}" + "".join(f"  {found[n]:.3f}       " for n in shown))
-    path = os.path.join(flags.out, flags.compare)
-    babi.write_csv(path + ".csv", cells, cells[0])
-    print(f"\nwritten to {path}.csv", flush=True)
+    name = os.path.join(flags.out, flags.compare)
+    babi.write_csv(f"{name}.csv", cells, cells[0])
+    print(f"\nwritten to {name}.csv", flush=True)
     plt = babi.matplotlib()
     if not plt:
         return
     figure, axes = plt.subplots(1, len(spread), figsize=(5.5 * len(spread) + 1.5, 4), sharey=True,
                                 squeeze=False, layout="constrained")
     for axis, (task, rows) in zip(axes[0], spread.items()):
-        for i, (name, row) in enumerate(rows.items()):
+        for i, (arm, row) in enumerate(rows.items()):
             axis.plot(list(row), [statistics.mean(values) for values in row.values()],
-                      "-" if text else "-" + "os^vDPX*<>hd"[i % 12], label=name)
+                      "-" if text else "-" + "os^vDPX*<>hd"[i % 12], label=arm)
             axis.fill_between(list(row), [min(values) for values in row.values()],
                               [max(values) for values in row.values()], alpha=0.15)
         if text:
@@ -366,9 +363,9 @@ def report(cells):
                      xticks=lengths, xticklabels=[babi.shorten(n) for n in lengths])
         axis.minorticks_off()
     axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path + ".png", dpi=130)
+    figure.savefig(f"{name}.png", dpi=130)
     plt.close(figure)
-    print(f"picture: {path}.png", flush=True)
+    print(f"picture: {name}.png", flush=True)
 
 
 if flags.compare:
@@ -420,8 +417,7 @@ def story_batch(step, stages, running):
     ready = [task for task in tasks if stages[task] >= segments]
     pairs, names, refused = [], [], Counter()
     while len(pairs) < rows_of(length):
-        task = draw(rng, ready, running)
-        sample = training_sample(task, rng, stages[task], max(4, length // 8))
+        task, sample = draw(rng, ready, stages, running, max(4, length // 8))
         until = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
         try:
             pairs.append(babi.to_tokens(sample, encoding, length, noise, rng, (0.0, until)))
@@ -433,16 +429,14 @@ def story_batch(step, stages, running):
     return *babi.stack(pairs), names
 
 
-def draw(rng, names, running):
-    """One of the tasks, the likelier the more of its answers are wrong."""
-    return rng.choices(names, [1.05 - running[name] for name in names])[0]
-
-
-def training_sample(task, rng, stage, most):
-    """A story of at most so many facts, few in the first stages, and several questions."""
-    most = min(most, 4 * max(1, stage - 1) if stage < 4 else 1000)
+def draw(rng, names, stages, running, most):
+    """(a task, the likelier the more of its answers are wrong; its story of at most so many facts,
+    few in the first stages, with several questions)."""
+    task = rng.choices(names, [1.05 - running[name] for name in names])[0]
+    if stages[task] < 4:
+        most = min(most, 4 * max(1, stages[task] - 1))
     window = rng.choice((babi.WINDOW, None))  # bAbI's own rule, or about anything
-    return babi.make_sample(task, rng, flags.questions, most, window)
+    return task, babi.make_sample(task, rng, flags.questions, most, window)
 
 
 def bare_batch(rng, stages, running):
@@ -453,8 +447,7 @@ def bare_batch(rng, stages, running):
     """
     pool = []
     for _ in range(3 * flags.batch_size):
-        task = draw(rng, tasks, running)
-        sample = training_sample(task, rng, stages[task], 1000)
+        task, sample = draw(rng, tasks, stages, running, 1000)
         pool.append((len(babi.to_tokens(sample, encoding)[0]), task, sample))
     pool.sort(key=lambda entry: entry[0])
     start = rng.randrange(len(pool) - flags.batch_size + 1)
@@ -466,7 +459,7 @@ def bare_batch(rng, stages, running):
     return *babi.stack(pairs), [task for _, task, _ in pool]
 
 
-def text_batch(step):
+def text_batch(step, *_):
     """(tokens, targets, no tasks) of random windows of the text; targets are the next tokens."""
     rng = random.Random(f"{flags.seed} {step}")
     starts = [rng.randrange(split - window) for _ in range(rows_of(window))]
@@ -488,8 +481,7 @@ def text_loss(most=200):
     return total / n_tokens, total / math.log(2) / n_bytes
 
 
-def make_batch(step, stages, running):
-    return text_batch(step) if flags.data else story_batch(step, stages, running)
+make_batch = text_batch if flags.data else story_batch
 
 # --------------------------------------------------------------------------------------------
 # Model, optimizers, schedule
@@ -514,11 +506,8 @@ class Loss(torch.nn.Module):
         self.model, self.power = model, 0.5 if len(tasks) > 1 else 0.0
 
     def forward(self, tokens, targets, span):
-        logits = self.model(tokens, targets, last=span, scored_only=True)[0]
-        scored = targets[:, -span:] >= 0
-        losses = torch.nn.functional.cross_entropy(logits.float(), targets[:, -span:][scored],
-                                                   reduction="none")
-        return logits, (losses * self.weights(targets)[:, -span:][scored]).sum()
+        logits, losses, _ = self.model(tokens, targets, last=span, scored_only=True)
+        return logits, (losses * self.weights(targets)[targets >= 0]).sum()
 
     def weights(self, targets):
         """(B, T): the weight of each target's loss, 0 where there is none."""
@@ -529,16 +518,17 @@ class Loss(torch.nn.Module):
 compute = loss_of = Loss()
 if world > 1:  # averages the gradients of all processes; in a single segment no write is used
     compute = torch.nn.parallel.DistributedDataParallel(
-        compute, find_unused_parameters=not flags.data or flags.window == 1)
+        compute, broadcast_buffers=False,
+        find_unused_parameters=not flags.data or flags.window == 1)
 rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 # where the run stands; for each task, `stage` is the longest context, `running` the mean accuracy
 state = {"step": 0, "stage": dict.fromkeys(tasks, 1), "running": dict.fromkeys(tasks, 0.0),
-         "seconds": 0.0, "flags": asdict(flags),
-         "text": zlib.crc32((text or "").encode())}
+         "seconds": 0.0, "flags": asdict(flags), "text": texts}
 if checkpoint:
     try:
-        if checkpoint["train"]["text"] != state["text"]:
-            die(f"--resume: {flags.data} is not the text that the run in {flags.out} began with")
+        if checkpoint["train"]["text"] != texts:
+            die(f"--resume: the run in {flags.out} began with another text than "
+                f"{flags.data or flags.noise}")
         model.load_state_dict(checkpoint["model"])
         for optimizer, saved_optimizer in zip(optimizers, checkpoint["train"]["optimizers"],
                                               strict=True):
@@ -548,7 +538,7 @@ if checkpoint:
                   "stage": {task: int(saved["stage"][task]) for task in tasks},
                   "running": {task: float(saved["running"][task]) for task in tasks}}
     except (KeyError, RuntimeError, TypeError, ValueError):
-        die(f"--resume: {path} belongs to another model or version of this code")
+        die(f"--resume: {ckpt_path} belongs to another model or version of this code")
 
 
 def rate(step):
@@ -573,33 +563,10 @@ def save():
                                      for i in range(encoding.n_vocab)]},
             "train": state | {"optimizers": [o.state_dict() for o in optimizers]}}
     try:
-        with babi.replaced(path, "wb") as file:
+        with babi.replaced(ckpt_path, "wb") as file:
             torch.save(data, file)
     except (OSError, RuntimeError) as error:
-        die_to_resume(path, str(error).splitlines()[0])
-
-
-class GateMeter:
-    """Mean openness of each kind of gate in training since the last reading."""
-
-    def __init__(self, model):
-        self.seen = {"input": [], "forget": [], "output": []}
-        for name, module in model.named_modules():
-            if name.endswith("_gate"):
-                module.register_forward_hook(self.note)
-                module.kind = name.split(".")[-1].split("_")[0]
-
-    def note(self, module, _, value):
-        """A forward hook; what it returned would replace the gate, so it returns nothing."""
-        if torch.is_grad_enabled():
-            self.seen[module.kind].append(value.detach().float().mean())
-
-    def read(self):
-        means = {kind: sum(map(float, values)) / len(values) if values else math.nan
-                 for kind, values in self.seen.items()}
-        for values in self.seen.values():
-            values.clear()
-        return means
+        die_to_resume(ckpt_path, str(error).splitlines()[0])
 
 
 # --------------------------------------------------------------------------------------------
@@ -607,8 +574,8 @@ class GateMeter:
 
 def synchronize():
     """Wait until the device has done all that it was told to do."""
-    if kind != "cpu":
-        getattr(torch, kind).synchronize()
+    if device_type != "cpu":
+        getattr(torch, device_type).synchronize()
 
 
 def timed(work):
@@ -652,7 +619,7 @@ def bench_training(segments, rounds=5):
 
     Every token is scored, or vanilla would have a gradient in the last segment only.
     """
-    length = segments * flags.block_size
+    length = segments * config.block_size
     rows = rows_of(length)
     tokens = torch.randint(config.vocab_size, (rows, length), device=device)
 
@@ -728,51 +695,56 @@ def bench_generation(positions=(100, 10_000, 100_000), count=100):
 
 
 if flags.bench:
+    if flags.full_window:
+        die("--bench measures with segments: leave --full_window away")
     print(f"device {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}; ratios count: "
           "they were taken in turn, in this one run")
     for segments in sorted({min(4, flags.segments), flags.segments}):
         bench_training(segments)
     bench_generation()
-    if kind == "cuda":
+    if device_type == "cuda":
         print(f"\npeak memory of the device: {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
     sys.exit(0)
-
-try:
-    os.makedirs(flags.out, exist_ok=True)
-    with open(os.path.join(flags.out, f".writable{rank}"), "w"):
-        pass
-    os.remove(os.path.join(flags.out, f".writable{rank}"))
-except OSError as error:
-    die(f"--out={flags.out}: cannot write there ({error.strerror})")
 
 # --------------------------------------------------------------------------------------------
 # The loop
 
+log_path = os.devnull if rank else os.path.join(flags.out, "log.csv")
+columns = ["step", "loss", "accuracy", "bits_per_byte", "tokens_per_second", "input_gate",
+           "forget_gate", "output_gate", "seconds", *tasks, *(f"{task}_stage" for task in tasks)]
+if not rank:
+    try:
+        os.makedirs(flags.out, exist_ok=True)
+        rows = babi.read_csv(log_path, columns) if os.path.exists(log_path) else []
+        rows = [row for row in rows if int(row["step"]) <= state["step"]]  # a crash may leave more
+        babi.write_csv(log_path, rows, columns)
+    except OSError as error:
+        die(f"--out={flags.out}: cannot write there ({error.strerror})")
+    except (ValueError, csv.Error):
+        die(f"{log_path} is no log of such a run; move it away first")
+
 n_params = sum(p.numel() for p in model.parameters())
-print(f"device {device}, {torch.get_num_threads()} threads; {str(dtype)[6:]}: {reason}")
+print(f"device {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}")
 print(f"model: {n_params:,} parameters, vocabulary {config.vocab_size}, memory {config.memory}")
 print(f"{flags.data or flags.task}: {flags.steps} steps, contexts of up to "
       f"{flags.window if flags.data else flags.segments} segments of {flags.block_size} tokens")
 
-log_path = os.devnull if rank else os.path.join(flags.out, "log.csv")
-columns = ["step", "loss", "accuracy", "bits_per_byte", "tokens_per_second", "input_gate",
-           "forget_gate", "output_gate", "seconds", *tasks, *(f"{task}_stage" for task in tasks)]
-rows = []
-if os.path.exists(log_path) and not rank:  # drop what a crash left behind the checkpoint
-    try:
-        rows = [row for row in babi.read_csv(log_path, columns)
-                if int(row["step"]) <= state["step"]]
-    except (OSError, ValueError, csv.Error):
-        die(f"{log_path} is no log of such a run; move it away first")
-if not rank:
-    try:
-        babi.write_csv(log_path, rows, columns)
-    except OSError as error:
-        die_to_resume(log_path, error.strerror)
-
 stop = []
 signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: end after this step
-meter = GateMeter(model)
+gates = {"input": [], "forget": [], "output": []}  # how open they were since the last log line
+
+
+def noting(means):
+    """A forward hook that notes a gate's mean; it returns nothing, for that would be the gate."""
+    def hook(module, args, gate):
+        if torch.is_grad_enabled():
+            means.append(gate.detach().float().mean())
+    return hook
+
+
+for name, module in model.named_modules():
+    if name.endswith("_gate"):
+        module.register_forward_hook(noting(gates[name.split(".")[-1].removesuffix("_gate")]))
 losses, right, asked, n_tokens, clock, stopped = [], Counter(), Counter(), 0, time.time(), 0
 live = sys.stdout.isatty()  # on a terminal the log line is rewritten in place
 
@@ -846,12 +818,13 @@ while state["step"] < flags.steps and not stopped:
     if state["step"] % flags.log_every == 0 or last:
         seconds = time.time() - clock
         state["seconds"] += seconds
-        gates = meter.read()
+        openness = {gate: sum(map(float, means)) / len(means) if means else math.nan
+                    for gate, means in gates.items()}
         accuracy = {task: right[task] / asked[task] if asked[task] else math.nan for task in tasks}
         row = {"step": state["step"], "loss": sum(losses) / len(losses),
                "accuracy": "" if flags.data else sum(right.values()) / sum(asked.values()),
                "tokens_per_second": n_tokens / seconds, "seconds": state["seconds"]}
-        row |= {f"{kind}_gate": value for kind, value in gates.items()}
+        row |= {f"{gate}_gate": mean for gate, mean in openness.items()}
         if flags.data:
             row["bits_per_byte"] = text_loss()[1]
         else:
@@ -868,12 +841,15 @@ while state["step"] < flags.steps and not stopped:
                    f" | up to {max(state['stage'].values())} segments"
                    f" | accuracy {row['accuracy']:.3f}")
                 + f" | loss {row['loss']:.3f} | {row['tokens_per_second'] / 1000:.0f}k tokens/s"
-                + " | gates " + " ".join(f"{k} {v:.2f}" for k, v in gates.items() if v == v)
+                + " | gates " + " ".join(f"{gate} {mean:.2f}" for gate, mean in openness.items()
+                                          if mean == mean)
                 + f" | {left // 60:.0f}:{left % 60:02.0f} left")
-        if len(tasks) > 1 and not flags.data:
+        if len(tasks) > 1:
             said += "\n    stage and accuracy: " + " ".join(
                 f"{task} {state['stage'][task]}:{value:.2f}" for task, value in accuracy.items())
         losses, right, asked, n_tokens, clock = [], Counter(), Counter(), 0, time.time()
+        for means in gates.values():
+            means.clear()
     if state["step"] % flags.save_every == 0 or last:
         save()
     if said:  # after saving: who reads it may be gone
@@ -886,8 +862,7 @@ if dist.is_initialized():
 if stopped:
     print(f"stopped after step {state['step']}; go on with: "
           f"python train.py --resume --out={flags.out}")
-    sys.exit(0)
-if rank:
+if stopped or rank:
     sys.exit(0)
 
 # --------------------------------------------------------------------------------------------
@@ -914,9 +889,8 @@ def proof_row(task, samples, length):
     rows = 49 if len(pairs) % 50 == 1 else 50  # a batch of one has nobody to swap banks with
     for i in range(0, len(pairs), rows):
         found = babi.answered_by_bank(model, *babi.stack(pairs[i:i + rows]))
-        right["memory"] += found["kept"].tolist()
-        right["wiped"] += found["wiped"].tolist()
-        right["swapped"] += found["swapped"].tolist()
+        for name, hit in found.items():
+            right[name] += hit.tolist()
     return ({"tokens": length, "samples": len(fit)}
             | {name: sum(hit) / len(hit) if hit else math.nan for name, hit in right.items()}
             | babi.shortcuts(task, fit))
@@ -959,7 +933,7 @@ def picture(rows, file):
         print(f"\nno picture: {file} cannot be written ({error.strerror})")
 
 
-if not flags.data and flags.eval_times:
+if tasks and flags.eval_times:
     # built-in noise is of another seed, a book never trained on; given texts are the same
     proof_noise = noise if books else babi.make_noise(encoding, f"proof {flags.seed}")
     trained = flags.segments * flags.block_size
@@ -977,13 +951,16 @@ if not flags.data and flags.eval_times:
         picture(rows, os.path.join(flags.out, "proof.png"))
     for row in rows:
         name = f"{row['tokens'] // trained}x" if len(tasks) == 1 else row["task"]
-        summary |= {f"{kind}_{name}": row[kind] for kind in ("memory", "wiped", "swapped")}
+        summary |= {f"{bank}_{name}": row[bank] for bank in ("memory", "wiped", "swapped")}
     if real:
         print(f"\nThe real bAbI files in {flags.babi_dir}, facts anywhere")
-        counts = {0: 1000, 1024: 500, 4096: 200, 16384: 100}
-        cells = babi.score_table(model, encoding, real, {length: -(-count // len(tasks)) for
-                                 length, count in counts.items()}, proof_noise, flags.seed)
-        summary |= {f"real_{cell['task']}_{cell['tokens']}": cell["accuracy"] for cell in cells}
+        counts = {length: -(-count // len(tasks)) for length, count in
+                  {0: 1000, 1024: 500, 4096: 200, 16384: 100}.items()}
+        try:
+            cells = babi.score_table(model, encoding, real, counts, proof_noise, flags.seed)
+            summary |= {f"real_{cell['task']}_{cell['tokens']}": cell["accuracy"] for cell in cells}
+        except ValueError as error:
+            print(f"not scored: {error}")
     summary["proof_seconds"] = round(time.time() - clock)
 
 print()
