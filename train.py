@@ -1,9 +1,9 @@
 """Teach an LM2 to use its memory, and prove that it does.
 
     python train.py                          # 16 minutes on a CPU core; ends in the proof table
-    python train.py --task=qa2 --n_layer=3 --n_embd=128 --segments=16 --steps=1800 --out=out-qa2
+    python train.py --task=qa1,qa2 --n_layer=3 --questions=8 --out=out-qa2
     python train.py --data=book.txt --out=out-book      # any text instead of stories
-    python train.py --task=all --n_layer=3 --n_embd=96 --noise=a.txt,b.txt --out=out-all
+    python train.py --task=all --n_layer=4 --n_embd=96 --memory_slots=32 --out=out-all
     python train.py --resume                 # go on exactly where a stopped run was
     python train.py --resume --steps=5000    # the same, but to another end
     python train.py --compare=memory         # LM2 against its rivals; also: parts, text
@@ -140,17 +140,18 @@ try:
 except ValueError as error:
     die(error)
 device_type = device.split(":")[0]
+if world > 1 and (device_type == "mps" or
+                  device_type == "cuda" and torch.cuda.device_count() < world):
+    die(f"torchrun: {world} processes need as many CUDA devices, or --device=cpu")
+if world > 1 and device_type == "cuda":
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+if device_type == "cuda" and ":" in device:
+    torch.cuda.set_device(device)
 if world > 1:
-    if device_type == "mps" or device_type == "cuda" and torch.cuda.device_count() < world:
-        die(f"torchrun: {world} processes need as many CUDA devices, or --device=cpu")
-    if device_type == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     except (ValueError, RuntimeError):
         die("WORLD_SIZE is set, but the processes do not find each other; begin them with torchrun")
-if device_type == "cuda" and ":" in device:
-    torch.cuda.set_device(device)
 native = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 dtype = torch.bfloat16 if native else torch.float32
 autocast = torch.autocast(device_type, dtype, enabled=native)
