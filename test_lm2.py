@@ -1200,7 +1200,8 @@ def test_texts_are_compared_at_equal_parameters_too(tmp_path, monkeypatch):
     assert 0.9 < count["vanilla, as many parameters"] / count["memory in all blocks"] < 1.1
 
 
-def test_an_arm_whose_loss_is_no_number_is_left_out_and_named(tmp_path, monkeypatch):
+def test_a_comparison_names_arms_that_diverged_and_shows_its_table_when_stopped(tmp_path,
+                                                                             monkeypatch):
     forward = LM2.forward
 
     def broken(self, *args, **kwargs):
@@ -1209,10 +1210,15 @@ def test_an_arm_whose_loss_is_no_number_is_left_out_and_named(tmp_path, monkeypa
             loss = loss * math.nan
         return logits, loss, memory
 
+    def stopped_at_vanilla(command):
+        return subprocess.CompletedProcess(command, -2) if "--memory=none" in command \
+            else call_command(command)
+
     monkeypatch.setattr(LM2, "forward", broken)
-    monkeypatch.setattr(subprocess, "run", call_command)
+    monkeypatch.setattr(subprocess, "run", stopped_at_vanilla)
     told = run("train.py", "--compare=memory", *TINY, "--steps=1", "--seeds=0", "--lengths=0",
                "--samples=2", f"--out={tmp_path}")
+    assert told.endswith("stopped; the same command goes on from here\n")
     assert "no longer a number: RMT, seed 0\n" in told
     assert re.search(r"(?m)^LM2 +[\d,]+ ", told) and not re.search(r"(?m)^RMT +[\d,]+ ", told)
 

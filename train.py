@@ -251,16 +251,17 @@ def compare():
         out = os.path.join(flags.out, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
         arm = replace(flags, compare="", babi_dir="", eval_times=0, seed=seed, out=out,
                       **variants[name])
-        found = run_arm(arm, name, samples)
+        try:
+            found = run_arm(arm, name, samples)
+        except KeyboardInterrupt:
+            report(cells, lost)
+            raise
         cells += found
         spent += [cell["seconds"] for cell in found[:1]]
         if not found:
             lost.append(f"{name}, seed {seed}")
         if (number + 1) % len(variants) == 0:
-            if cells:
-                report(cells)
-            if lost:
-                print("left out, as their loss was no longer a number: " + "; ".join(lost))
+            report(cells, lost)
 
 
 def run_arm(arm, name, samples):
@@ -315,30 +316,36 @@ def run_arm(arm, name, samples):
     return cells
 
 
-def report(cells):
+def report(cells, lost):
     """Print means over the seeds and their standard deviation; write a CSV and a picture."""
+    if lost:
+        print("\nleft out, as their loss was no longer a number: " + "; ".join(lost))
+    if not cells:
+        return
     metric = "bits_per_byte" if text else "accuracy"
     spread = {}  # {task: {arm: {tokens: [a value for each seed]}}}
     for cell in cells:
         row = spread.setdefault(cell["task"], {}).setdefault(cell["arm"], {})
         row.setdefault(int(cell["tokens"]), []).append(cell[metric])
     lengths = sorted({int(cell["tokens"]) for cell in cells})
+    seeds = list(dict.fromkeys(cell["seed"] for cell in cells))
     for task, rows in spread.items():
         shown = lengths[-1:] if text else lengths
-        print(f"\n{task}, {metric.replace('_', ' ')}: mean of seeds "
-              f"{', '.join(str(seed) for seed in dict.fromkeys(cell['seed'] for cell in cells))}"
-              f" ± standard deviation\n{'':27}parameters  seconds"
+        print(f"\n{task}, {metric.replace('_', ' ')}: mean of seeds {', '.join(map(str, seeds))}"
+              f" ± standard deviation\n{'':33}parameters  seconds"
               + "".join(f"{babi.shorten(n):>14}" for n in shown))
         for name, row in rows.items():
             own = [cell for cell in cells if cell["arm"] == name]
             seconds = statistics.mean(cell["seconds"] for cell in own)
-            print(f"{name:27}{own[0]['parameters']:>10,} {seconds:8.0f}" + "".join(
-                f"  {statistics.mean(row[n]):.3f}" + (
-                    f" ±{statistics.stdev(row[n]):.3f}" if len(row[n]) > 1 else " " * 7)
-                for n in shown))
+            n_seeds = len(row[shown[-1]])
+            print(f"{name + f' (seeds: {n_seeds})' * (n_seeds < len(seeds)):33}"
+                  f"{own[0]['parameters']:>10,} {seconds:8.0f}" + "".join(
+                      f"  {statistics.mean(row[n]):.3f}" + (
+                          f" ±{statistics.stdev(row[n]):.3f}" if n_seeds > 1 else " " * 7)
+                      for n in shown))
         for name in ("best constant", "last mentioned") if not text else ():
             found = {int(cell["tokens"]): cell[name] for cell in cells if cell["task"] == task}
-            print(f"{name:46}" + "".join(f"  {found[n]:.3f}       " for n in shown))
+            print(f"{name:52}" + "".join(f"  {found[n]:.3f}       " for n in shown))
     name = os.path.join(flags.out, flags.compare)
     babi.write_csv(f"{name}.csv", cells, cells[0])
     print(f"\nwritten to {name}.csv", flush=True)
