@@ -33,8 +33,8 @@ Where this departs from the paper, and why
       the segment's tokens, so T, N and d are free.
     * No token may see a later one. All blocks read the bank as the *previous* segments left it and
       write it after the segment, so causality holds by construction.
-    * Every block has a bank of its own. When the blocks write one bank in turn, as in the paper's
-      M_t -> M_{t+1}, each overwrites what the one before took up.
+    * Every block has a bank of its own, so that none overwrites what another took up; in the paper
+      the blocks write one bank in turn, M_t -> M_{t+1}.
     * Gates can shut and open wholly, and each slot has its own gate biases: see `Gate`.
     * The banks are an argument and a return value. Nothing is kept between calls, gradient flows
       through every segment, and each document starts afresh.

@@ -843,7 +843,7 @@ while state["step"] < flags.steps and not stopped:
                     {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
         except OSError as error:
             die_to_resume(log_path, error.strerror)
-        left = (flags.steps - state["step"]) * state["seconds"] / state["step"]
+        left = round((flags.steps - state["step"]) * state["seconds"] / state["step"])
         said = (f"step {row['step']:5d}/{flags.steps}"
                 + (f" | {row['bits_per_byte']:.3f} bits/byte held out" if flags.data else
                    f" | up to {max(state['stage'].values())} segments"
@@ -851,7 +851,7 @@ while state["step"] < flags.steps and not stopped:
                 + f" | loss {row['loss']:.3f} | {row['tokens_per_second'] / 1000:.0f}k tokens/s"
                 + " | gates " + " ".join(f"{gate} {mean:.2f}" for gate, mean in openness.items()
                                           if mean == mean)
-                + f" | {left // 60:.0f}:{left % 60:02.0f} left")
+                + f" | {left // 60}:{left % 60:02} left")
         if len(tasks) > 1:
             said += "\n    stage and accuracy: " + " ".join(
                 f"{task} {state['stage'][task]}:{value:.2f}" for task, value in accuracy.items())
