@@ -659,7 +659,8 @@ def long_run(request, tmp_path_factory):
         yield
         return
     out = tmp_path_factory.mktemp("learned")
-    with subprocess.Popen([sys.executable, "-W", "error", "train.py", "--segments=2", "--steps=700",
+    warn = ["-W", "error", "-W", "ignore::ResourceWarning"]  # some PyTorch leaves a folder open
+    with subprocess.Popen([sys.executable, *warn, "train.py", "--segments=2", "--steps=700",
                            f"--out={out}", "--eval_samples=200", "--log_every=100",
                            "--device=cpu"], cwd=HERE, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
