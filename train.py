@@ -1,6 +1,6 @@
 """Teach an LM2 to use its memory, and prove that it does.
 
-    python train.py                          # 16 minutes on a CPU core; ends in the proof table
+    python train.py                          # 18 minutes on a CPU core; ends in the proof table
     python train.py --task=qa1,qa2 --n_layer=3 --questions=8 --out=out-qa2
     python train.py --data=book.txt --out=out-book      # any text instead of stories
     python train.py --task=all --n_layer=4 --n_embd=96 --memory_slots=32 --out=out-all
