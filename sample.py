@@ -468,7 +468,7 @@ def study(model, encoding, picture):
         axis.set(title=question, ylim=(0, 1), xticks=[0.27, 1.27, 2.27, 3.27])
         axis.set_xticklabels([fact.replace(" to the ", "\nto the ") for fact in (*facts, "noise")])
     axes[0].set_ylabel("share of the read attention")
-    axes[1].legend(loc="upper left")
+    axes[1].legend(loc="upper right")
     try:
         figure.savefig(picture, dpi=130)
     except OSError as error:

@@ -891,10 +891,9 @@ def test_the_answer_is_shown_with_what_it_was_read_from(tiny, tmp_path):
 
 
 def test_a_question_never_seen_is_answered_with_a_hint(tiny):
-    done = subprocess.run([sys.executable, "sample.py", f"--ckpt={tiny}/ckpt.pt",
-                           "--story=Mary ate.", "--ask=Why did Zoe sing?"], cwd=HERE, text=True,
-                          capture_output=True)
-    assert done.returncode == 0 and done.stderr.startswith("hint: ") and "Zoe" in done.stderr
+    status, _, errors = call("sample.py", f"--ckpt={tiny}/ckpt.pt", "--story=Mary ate.",
+                             "--ask=Why did Zoe sing?")
+    assert status == 0 and errors.startswith("hint: ") and "Zoe" in errors
 
 
 def test_several_tasks_are_learned_and_scored_together(tiny, tmp_path, book):
@@ -914,7 +913,7 @@ def test_several_tasks_are_learned_and_scored_together(tiny, tmp_path, book):
 
 
 @pytest.mark.parametrize("memory", ["lm2", "rmt"])
-def test_scores_are_what_generation_says(memory):
+def test_answers_are_scored_as_generation_gives_them(memory):
     """Exact match, taken from one forward, is what greedy generation would give."""
     model, tokens = random_model(memory=memory), random_tokens(B=20, T=14)
     text = model.generate(tokens, 3, temperature=0)
@@ -1243,3 +1242,18 @@ def test_the_study_shows_that_the_write_moves_the_attention(learned, tmp_path):
         assert abs(before - frozen) < 0.05 and (fact != "Mary moved to the garden."
                                                 or before == frozen == 0 < after), out
     assert re.search(r"answer +kitchen +\w+ +kitchen\n", out), out
+
+
+def test_scores_are_what_generation_says(learned):
+    """The table's exact match, of stories it has learned to answer and of others."""
+    model, encoding = LM2.load(learned[1] / "ckpt.pt")
+    rng, seen = random.Random(0), set()
+    samples = [babi.make_sample(task, rng) for task in ("qa1", "qa8") for _ in range(20)]
+    for sample, right in babi.score(model, encoding, samples, 0, None, rng):
+        question = sample.questions[0]
+        prompt = encoding.encode_ordinary(" " + " ".join((*sample.facts, question.text)))
+        said = model.generate(torch.tensor([prompt]), 8, temperature=0)[0, len(prompt):].tolist()
+        answer = encoding.encode_ordinary(babi.answer_text(question.answer))
+        assert right == (said[:len(answer)] == answer)
+        seen.add(right)
+    assert seen == {True, False}

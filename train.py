@@ -170,13 +170,12 @@ try:
         learned = [text[:len(text) * 9 // 10]] if text else \
             (sentence for book in books for sentence in babi.read_sentences(book))
         encoding = babi.load_encoding(flags.tokenizer, babi.count_words(learned))
-    if not flags.data:
-        noise = babi.book_noise(encoding, books) if books else \
-            babi.make_noise(encoding, flags.seed)
+    noise = None if flags.data else babi.load_noise(flags.noise, encoding, flags.seed)
     texts = zlib.crc32((text or "").encode())  # a resumed run must have the same
     for book in books:
         with open(book, "rb") as file:
-            texts = zlib.crc32(file.read(), texts)
+            for line in file:
+                texts = zlib.crc32(line, texts)
 except (OSError, UnicodeDecodeError, ValueError) as error:
     reason = "not a text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
     die(f"--data={flags.data}: {reason}" if text is None and flags.data else reason)
@@ -943,7 +942,7 @@ def picture(rows, file):
 
 if tasks and flags.eval_times:
     # built-in noise is of another seed, a book never trained on; given texts are the same
-    proof_noise = noise if books else babi.make_noise(encoding, f"proof {flags.seed}")
+    proof_noise = babi.load_noise(flags.noise, encoding, f"proof {flags.seed}")
     trained = flags.segments * flags.block_size
     clock, rows = time.time(), []
     # times the trained length: number of samples
