@@ -38,6 +38,7 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from typing import Callable
 
+import numpy as np
 import tiktoken
 import torch
 
@@ -334,10 +335,10 @@ def relations(rng):
 
 
 def askable(task, facts, rng, window=WINDOW):
-    """Questions about the last `window` statements (None: all), one for each where there is one."""
+    """Yields a question about each of the last `window` statements (None: all) that allows one."""
     first = 0 if window is None else max(0, len(facts) - window)
     questions = (TASKS[task].ask(facts, i, rng) for i in range(first, len(facts)))
-    return [question for question in questions if question]
+    return filter(None, questions)
 
 
 def tell(task, rng, max_facts=1000):
@@ -350,7 +351,7 @@ def tell(task, rng, max_facts=1000):
     world, facts, asked, wanted = World(TASKS[task], rng), [], 0, rng.randint(1, 5)
     while len(facts) + 2 <= max_facts and asked < wanted:
         facts += [world.step(), world.step()]
-        asked += bool(askable(task, facts, rng))
+        asked += any(askable(task, facts, rng))
     return facts
 
 
@@ -362,7 +363,7 @@ def make_sample(task, rng, n_questions=1, max_facts=1000, window=WINDOW):
     """
     while True:
         facts = tell(task, rng, max_facts)
-        questions = askable(task, facts, rng, window)
+        questions = list(askable(task, facts, rng, window))
         if questions:
             break
     if n_questions == 1:
@@ -456,8 +457,8 @@ def make_noise(encoding, seed, n_sentences=20000):
     book = [encoding.encode_ordinary(" " + noise_sentence(rng)) for _ in range(n_sentences)]
 
     def sentences(rng):
-        start = rng.randrange(len(book))
-        yield from itertools.cycle(itertools.chain(book[start:], book[:start]))
+        for i in itertools.count(rng.randrange(len(book))):
+            yield book[i % len(book)]
     return sentences
 
 
@@ -670,8 +671,7 @@ def to_tokens(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0
 
 def stack(pairs):
     """Lists of (tokens, targets), all of one length T, as two int64 tensors (B, T)."""
-    tokens, targets = zip(*pairs)
-    return torch.tensor(tokens), torch.tensor(targets)
+    return tuple(torch.from_numpy(np.array(rows, np.int64)) for rows in zip(*pairs))
 
 
 def answer_span(targets):
@@ -863,6 +863,17 @@ def die(message):
     sys.exit(2)
 
 
+@contextlib.contextmanager
+def or_die(prefix=""):
+    """What goes wrong in this context with files or values ends in one line and exit status 2."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        die(f"{prefix}not a text in UTF-8")
+    except (OSError, ValueError) as error:
+        die(f"{prefix}{error}")
+
+
 def calm_streams():
     """No closed stream, strange character or Ctrl-C may end a script in a traceback."""
     def hook(kind, error, trace):
@@ -946,15 +957,6 @@ def flag(default, help, least=None, most=10**9, choices=None):
                                             "limits": None if least is None else (least, most)})
 
 
-def check_limits(config):
-    """One line and exit 2 if a flag that is a number lies outside its limits."""
-    for f in fields(config):
-        if limits := f.metadata["limits"]:
-            if not limits[0] <= getattr(config, f.name) <= limits[1]:
-                die(f"--{f.name}={getattr(config, f.name)}: it must be a number from "
-                    f"{limits[0]:g} to {limits[1]:g}")
-
-
 def span(text):
     """"0.0,0.5" as (0.0, 0.5)."""
     try:
@@ -975,7 +977,10 @@ def token_counts(text):
 
 
 def parse_flags(config_class, description, argv=None):
-    """Read `--name=value` flags into a dataclass. Unknown or shortened flags: one line, exit 2."""
+    """Read `--name=value` flags into a dataclass.
+
+    One line and exit status 2 for flags that are unknown, shortened or outside their limits.
+    """
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             die(f"{message} (see {self.prog} --help)")
@@ -992,7 +997,13 @@ def parse_flags(config_class, description, argv=None):
             parser.add_argument(f"--{f.name}", type=f.type,
                                 default=f.default, choices=f.metadata["choices"], help=shown,
                                 metavar=f.name.upper() if not f.metadata["choices"] else None)
-    return config_class(**vars(parser.parse_args(argv)))
+    config = config_class(**vars(parser.parse_args(argv)))
+    for f in fields(config_class):
+        if limits := f.metadata["limits"]:
+            if not limits[0] <= getattr(config, f.name) <= limits[1]:
+                die(f"--{f.name}={getattr(config, f.name)}: it must be a number from "
+                    f"{limits[0]:g} to {limits[1]:g}")
+    return config
 
 
 def as_flags(config):
@@ -1016,6 +1027,37 @@ def matplotlib():
         return plt
     except ImportError:
         print("\n(pip install matplotlib, and this ends with a picture)")
+
+
+def draw(path, panels, xlabel, ylabel):
+    """Draw {title: {label: {x: [a value for each seed]}}}: means, and bands to lowest and highest.
+
+    With an `ylabel` "accuracy" x are lengths of contexts. No picture without matplotlib.
+    """
+    plt = matplotlib()
+    if not plt:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels) + 1.5, 4), sharey=True,
+                                squeeze=False, layout="constrained")
+    for axis, (title, lines) in zip(axes[0], panels.items()):
+        for i, (label, values) in enumerate(lines.items()):
+            style = "k:" if label in ("chance", "last mentioned") else \
+                "-" + "os^vDPX*<>hd"[i % 12] * (ylabel == "accuracy")
+            axis.plot(list(values), [sum(v) / len(v) for v in values.values()], style, label=label)
+            axis.fill_between(list(values), [min(v) for v in values.values()],
+                              [max(v) for v in values.values()], alpha=0.15)
+        axis.set(title=title, xlabel=xlabel)
+        if ylabel == "accuracy":
+            ticks = sorted({x for values in lines.values() for x in values})
+            axis.set_xscale("symlog", base=2, linthresh=1024)
+            axis.set(ylim=(0, 1.03), xticks=ticks, xticklabels=[shorten(x) for x in ticks])
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    with or_die():
+        figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(f"\npicture: {path}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1160,7 +1202,6 @@ def main():
     calm_streams()
     flags = parse_flags(Flags, __doc__)
     flags.samples = flags.samples or ((100,) if flags.ckpt else (3,))
-    check_limits(flags)
     if min(flags.samples) < 1:
         die("--samples must be at least 1")
     if flags.ckpt:

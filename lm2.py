@@ -14,7 +14,7 @@ What is here
     around it    Muon and optimizer groups, generation with a key/value cache, loading a checkpoint
 What is not here: dropout, pretrained weights; several processes (train.py has them).
 
-Glossary (B batch, T tokens of a segment, N memory slots, d width, V vocabulary)
+Glossary (B batch, S segments, T tokens of a segment, N memory slots, d width, V vocabulary)
     in the code     in the paper     shape      what it is
     bank            M_t              B x N x d  a block's memory bank; starts as eye(N, d)
     x               E_t, E_attn      B x T x d  token embeddings on their way through the blocks
@@ -31,10 +31,11 @@ Where this departs from the paper, and why
     * The paper's eqs. 3-6 mix T-row gates with N-row memory and only type-check for T = N. Here the
       output gate multiplies what was read, and slots collect their news by cross-attention over
       the segment's tokens, so T, N and d are free.
-    * No token may see a later one. All blocks read the bank as the *previous* segments left it and
-      write it after the segment, so causality holds by construction.
+    * No token may see a later one. A block reads its bank as the *previous* segments left it and
+      writes it after the segment, so causality holds by construction.
     * Every block has a bank of its own, so that none overwrites what another took up; in the paper
-      the blocks write one bank in turn, M_t -> M_{t+1}.
+      the blocks write one bank in turn, M_t -> M_{t+1}. So a block can also take up many segments
+      before the next block does: attention works on all of them at once, in few large products.
     * Gates can shut and open wholly, and each slot has its own gate biases: see `Gate`.
     * The banks are an argument and a return value. Nothing is kept between calls, gradient flows
       through every segment, and each document starts afresh.
@@ -92,7 +93,11 @@ class LM2Config:
 
 def normed(x):
     """x scaled to a root mean square of 1 over its last dimension (RMSNorm without weights)."""
-    return F.rms_norm(x, x.shape[-1:])
+    if x.device.type != "cpu":
+        return F.rms_norm(x, x.shape[-1:])
+    # the same: on a CPU PyTorch's takes four times as long in the backward pass
+    square = torch.linalg.vecdot(x, x)[..., None] / x.size(-1)
+    return x * (square + torch.finfo(x.dtype).eps).rsqrt()
 
 
 def attend(q, k, or_nothing=False):
@@ -100,14 +105,8 @@ def attend(q, k, or_nothing=False):
 
     With `or_nothing` there is one key more, all zero, for a query to attend to nothing.
     """
-    scores = q @ k.mT / k.size(-1) ** 0.5
+    scores = q @ (k / k.size(-1) ** 0.5).mT
     return F.pad(scores, (0, 1)).softmax(-1)[..., :-1] if or_nothing else scores.softmax(-1)
-
-
-def extend(cache, name, new, dim):
-    """Append `new` to what the cache holds under `name` and return the whole."""
-    cache[name] = torch.cat((cache[name], new), dim) if name in cache else new
-    return cache[name]
 
 
 # --------------------------------------------------------------------------------------------
@@ -118,21 +117,20 @@ class Rotary(nn.Module):
 
     def __init__(self, length, dim, base, first=0):
         super().__init__()
-        frequency = base ** (-torch.arange(0, dim, 2) / dim)            # (dim / 2)
+        frequency = base ** (-torch.arange(0, dim, 2) / dim)                # (dim / 2)
         angle = torch.arange(first, first + length)[:, None] * frequency    # (length, dim / 2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
+        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
 
     def forward(self, x, start=0):
         """Turn the channel pairs of x (..., T, dim), whose first row is number `start`."""
         rows = slice(start, start + x.size(-2) or None)                 # from the end if start < 0
-        cos, sin = self.cos[rows], self.sin[rows]                       # (T, dim / 2)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+        other = x.roll(x.size(-1) // 2, dims=-1)                        # of each pair
+        return (x * self.cos[rows] + other * self.sin[rows]).type_as(x)
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention within one segment, causal unless told otherwise."""
+    """Grouped-query self-attention within one segment."""
 
     def __init__(self, config):
         super().__init__()
@@ -144,17 +142,23 @@ class Attention(nn.Module):
         extra = 2 * config.memory_slots if config.memory == "rmt" else 0
         self.rotary = Rotary(config.block_size + extra, self.head_dim, config.rope_base)
 
-    def forward(self, x, cache, causal=True):
-        """x (B, T, d) -> (B, T, d). The `cache` holds the segment's keys and values so far."""
+    def forward(self, x, cache=None, mask=None):
+        """x (B, T, d) -> (B, T, d), causal unless a mask (T, T) says which positions see which.
+
+        With a cache (a dictionary) x goes on where it ends; it gets x's keys and values.
+        """
         B, T, d = x.shape
         q = self.query(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)   # (B, H, T, h)
         kv = self.key_value(x).view(B, T, 2 * self.n_kv_head, self.head_dim)
         k, v = kv.transpose(1, 2).chunk(2, dim=1)                                  # (B, KV, T, h)
         start = cache["key"].size(2) if cache else 0
         q, k = self.rotary(q, start), self.rotary(k, start)
-        k, v = extend(cache, "key", k, 2), extend(cache, "value", v, 2)
-        # T is 1, or the segment starts here, or all may see all: no other mask is needed
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1,
+        if cache:
+            k, v = torch.cat((cache["key"], k), 2), torch.cat((cache["value"], v), 2)
+        if cache is not None:
+            cache |= {"key": k, "value": v}
+        # one token of a cached segment sees all before it: that needs no mask
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
                                            enable_gqa=self.n_head != self.n_kv_head)
         return self.output(y.transpose(1, 2).reshape(B, T, d))
 
@@ -196,9 +200,9 @@ class LocalMixer(nn.Module):
 # The memory
 
 class Gate(nn.Module):
-    """sigmoid(W x + b), stretched to -0.1 .. 1.1 and cut at 0 and 1: it can shut and open wholly.
+    """hardsigmoid(W x + b), a sigmoid of straight lines that can shut and open wholly.
 
-    A plain sigmoid never does either, and what leaks at every segment drowns a fact after a few
+    A true sigmoid never does either, and what leaks at every segment drowns a fact after a few
     hundred. With `slots`, b has a row for each of them: a slot can be a latch or a scratch pad.
     """
 
@@ -207,12 +211,18 @@ class Gate(nn.Module):
         self.linear = nn.Linear(width_in, width, bias=False)
         self.bias = nn.Parameter(torch.empty((slots, width) if slots else (width,)))
 
-    def forward(self, x):
-        return (1.2 * torch.sigmoid(self.linear(x) + self.bias) - 0.1).clamp(0.0, 1.0)
+    def forward(self, x, attention=None):
+        """x (B, N, width_in) -> (B, N, width) from 0 to 1.
+
+        With attention (B, T, N) the gate of what T tokens read of x, (B, T, width): W goes before
+        the attention, whose rows sum to 1, as there are fewer slots than tokens.
+        """
+        x = self.linear(x) + self.bias
+        return F.hardsigmoid(x if attention is None else attention @ x)
 
 
 class MemoryRead(nn.Module):
-    """Tokens read the bank by cross-attention (paper eqs. 1-3)."""
+    """Tokens read the bank by cross-attention with one head (paper eqs. 1-3)."""
 
     def __init__(self, config):
         super().__init__()
@@ -224,18 +234,20 @@ class MemoryRead(nn.Module):
         self.output_gate = Gate(d, d) if config.output_gate else None
         self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
 
-    def attention(self, x, bank):
-        """How the tokens attend to the slots, (B, T, N).
+    def attention(self, x, slots):
+        """How the tokens attend to the slots (B, N, d), normed: (B, T, N).
 
         W_Q goes with the keys: (E W_Q) K^T = E (K W_Q^T)^T, and there are fewer slots than tokens.
         """
-        return attend(x, self.key(normed(bank) + self.address) @ self.query.weight)      # eq. 1
+        return attend(x, self.key(slots + self.address) @ self.query.weight)    # eq. 1
 
     def forward(self, x, bank):
         """x (B, T, d) normed, bank (B, N, d) -> what joins the attention's output, (B, T, d)."""
-        recalled = self.attention(x, bank) @ self.value(normed(bank))           # eq. 2  (B, T, d)
+        slots = normed(bank)
+        attention, values = self.attention(x, slots), self.value(slots)
+        recalled = attention @ values                                           # eq. 2  (B, T, d)
         if self.output_gate:
-            recalled = self.output_gate(recalled) * recalled                    # eq. 3
+            recalled = self.output_gate(values, attention) * recalled           # eq. 3
         return self.output(recalled)
 
 
@@ -244,27 +256,25 @@ class MemoryWrite(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d = config.n_embd
-        self.norm = nn.RMSNorm(d)
+        d, slots = config.n_embd, config.memory_slots
         self.query = nn.Linear(d, d, bias=False)
         self.key = nn.Linear(d, d, bias=False)
         self.value = nn.Linear(d, d, bias=False)
-        slots = config.memory_slots
         self.input_gate = Gate(2 * d, d, slots) if config.input_gate else None
         self.forget_gate = Gate(2 * d, d, slots) if config.forget_gate else None
-        self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
+        self.address = nn.Parameter(torch.empty(slots, d)) if config.address else 0.0
         # the queries stand at 0, behind the segment, and are not turned; keys at -T .. -1, as far
         # back as their tokens: slots can prefer the latest
         self.rotary = Rotary(config.block_size, d, config.rope_base, first=-config.block_size)
 
     def attention(self, x, bank):
         """How the slots attend to the tokens x (B, T, d) normed, (B, N, T); to nothing as well."""
-        k = self.rotary(self.key(x), start=-x.size(1))
-        return attend(self.query(normed(bank) + self.address), k, or_nothing=True)
+        keys = self.rotary(self.key(x), start=-x.size(1))
+        return attend(self.query(normed(bank) + self.address), keys, or_nothing=True)
 
     def forward(self, x, bank):
         """x (B, T, d) the block's output, bank (B, N, d) -> the new bank (B, N, d)."""
-        x = self.norm(x)
+        x = normed(x)
         # A (X W_V) = (A X) W_V, and there are fewer slots than tokens
         candidate = self.value(self.attention(x, bank) @ x)                          # (B, N, d)
         seen = torch.cat((candidate, torch.tanh(bank)), dim=-1)                      # (B, N, 2d)
@@ -286,16 +296,21 @@ class MemoryTokens(nn.Module):
         self.before = nn.Parameter(torch.empty(config.memory_slots, config.n_embd))
         self.behind = nn.Parameter(torch.empty(config.memory_slots, config.n_embd))
 
-    def read(self, x, bank):
-        """x (B, T, d), bank (B, N, d) -> what the blocks see of a segment, (B, N + T, d)."""
-        return torch.cat((bank + self.before, x), dim=1)
+    def forward(self, x, bank, blocks, cache):
+        """One segment x (B, T, d) through the blocks, bank (B, N, d) -> (B, T, d), the new bank.
 
-    def write(self, blocks, bank, cache):
-        """After the segment, whose keys and values the cache holds -> the new bank (B, N, d)."""
-        x = bank + self.behind
-        for block, block_cache in zip(blocks, cache):
-            x = block(x, None, block_cache, causal=False)
-        return normed(x)
+        With caches, see `LM2.run`, the segment goes on, and the bank stays as it is.
+        """
+        T, N, mask = x.size(1), bank.size(1), None
+        if not cache or not cache[0]:
+            x = torch.cat((bank + self.before, x), dim=1)                   # (B, N + T, d)
+        if not cache:
+            x = torch.cat((x, bank + self.behind), dim=1)                   # (B, N + T + N, d)
+            mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
+            mask[N + T:] = True
+        for i, block in enumerate(blocks):
+            x, _ = block(x, None, cache[i] if cache else None, mask)
+        return (x[:, -T:], bank) if cache else (x[:, N:N + T], normed(x[:, N + T:]))
 
 
 # --------------------------------------------------------------------------------------------
@@ -363,20 +378,31 @@ class Block(nn.Module):
 
     def __init__(self, config, has_memory):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.n_embd)
         self.attention = Attention(config)
         self.read = MemoryRead(config) if has_memory else None
-        self.feed_forward_norm = nn.RMSNorm(config.n_embd)
-        self.feed_forward = FeedForward(config)
         self.write = MemoryWrite(config) if has_memory else None
+        self.feed_forward = FeedForward(config)
 
-    def forward(self, x, bank, cache, causal=True):
-        """x (B, T, d), bank (B, N, d) or None -> (B, T, d). Does not change the bank."""
-        e = self.attention_norm(x)
-        x = x + self.attention(e, cache, causal)       # E_attn: the original path, untouched
+    def forward(self, x, bank, cache=None, mask=None):
+        """x (B * S, T, d), bank (B, N, d) before the first segment or None -> x, the bank behind.
+
+        With a cache, see `Attention`, S is 1, and the bank is read but not written.
+        """
+        e = normed(x)
+        x = x + self.attention(e, cache, mask)         # E_attn: the original path, untouched
+        if not self.write or cache is not None:
+            return self.rest(x, e, bank), bank
+        outputs, rows = [], (len(bank), -1)
+        for x, e in zip(x.unflatten(0, rows).unbind(1), e.unflatten(0, rows).unbind(1)):
+            outputs.append(self.rest(x, e, bank))
+            bank = self.write(outputs[-1], bank)
+        return torch.stack(outputs, dim=1).flatten(0, 1), bank
+
+    def rest(self, x, e, bank):
+        """What comes after attention, in one segment if there is a bank: x, e (B, T, d)."""
         if self.read:
             x = x + self.read(e, bank)                 # E_next = E_attn + gated memory
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return x + self.feed_forward(normed(x))
 
 
 class Memory(NamedTuple):
@@ -398,7 +424,6 @@ class LM2(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i < depth) for i in range(config.n_layer))
         self.memory_tokens = MemoryTokens(config) if config.memory == "rmt" else None
         self.n_banks = 1 if self.memory_tokens else depth
-        self.norm = nn.RMSNorm(config.n_embd)
         self.register_buffer("start", torch.eye(config.memory_slots, config.n_embd),
                              persistent=False)                                  # M_0, (N, d)
         self.init_weights()
@@ -411,17 +436,15 @@ class LM2(nn.Module):
         outputs        0 for the matrices that end in the residual stream: every block starts as the
                        identity, and the memory of the first is learned in far fewer steps
         embedding      normal, std 1 / sqrt(d): the tied head's logits start with variance 1
-        norms          1
-        gate biases    0, the forget gate 2: a bank that keeps most at first gets its gradient far
+        gate biases    0, the forget gate 2.7 (95 % open): a bank that keeps most at first gets
+                       its gradient far
         addresses      normal, std 0.1 (RMT's as well): small beside the slots' norm of sqrt(d), or
                        the tokens learn to read by slot number instead of by what a slot says
         local mixer    the token itself 1, those before it normal with std 0.3
         """
         for name, p in self.named_parameters():
-            if name.endswith("norm.weight"):
-                p.fill_(1.0)
-            elif name.endswith("forget_gate.bias"):
-                p.fill_(2.0)
+            if name.endswith("forget_gate.bias"):
+                p.fill_(2.7)
             elif name.endswith(("bias", "output.weight", "down.weight")):
                 p.zero_()
             elif name.endswith(("address", "before", "behind")):
@@ -441,80 +464,71 @@ class LM2(nn.Module):
         tail = self.start.new_zeros(batch_size, max(self.config.conv - 1, 0), self.config.n_embd)
         return Memory(self.start.expand(batch_size, self.n_banks, -1, -1), tail)
 
-    def empty_cache(self):
-        """For each block a dictionary of the segment's keys, values and outputs so far (lm2)."""
-        return [{} for _ in self.blocks]
+    def run(self, tokens, memory, cache=None):
+        """All blocks. Whole segments, whose banks are written, or a part of one, with a cache.
 
-    def run_segment(self, tokens, memory, cache):
-        """A whole segment, or the next token of one: reads the banks, does not write them.
-
-        tokens (B, T), the segment's cache -> the last block's output (B, T, d), and the memory, of
-        which only the tail is new.
+        tokens (B, S * block_size), or (B, T <= block_size) of one segment that ends with them.
+        With a cache, a list with a dictionary for each block, tokens (B, T) go on in a segment
+        and no bank is written: empty ones at the segment's start, then one token at a time.
+        Returns hidden states (B, tokens, d) and the memory.
         """
+        B, T = tokens.shape
         x, tail = self.embedding(tokens), memory.tail
         if self.mixer:
             x, tail = self.mixer(x, tail)
-        if self.memory_tokens and not cache[0]:
-            x = self.memory_tokens.read(x, memory.banks[:, 0])
-        for i, block in enumerate(self.blocks):
-            x = block(x, memory.banks[:, i] if block.read else None, cache[i])
-            if block.write:
-                extend(cache[i], "output", x, 1)
-        return x[:, -tokens.size(1):], Memory(memory.banks, tail)
-
-    def write_memory(self, memory, cache):
-        """After a segment: the memory with its banks (B, K, N, d) written once, as its cache says.
-
-        Every block writes its bank from its own output; RMT's one bank runs through all blocks.
-        """
-        if not self.n_banks:
-            return memory
+        banks = list(memory.banks.unbind(1))
         if self.memory_tokens:
-            banks = [self.memory_tokens.write(self.blocks, memory.banks[:, 0], cache)]
-        else:
-            banks = [block.write(block_cache["output"], bank) for block, block_cache, bank
-                     in zip(self.blocks, cache, memory.banks.unbind(1))]
-        return Memory(torch.stack(banks, dim=1), memory.tail)
+            x, banks[0] = self.memory_tokens(x, banks[0], self.blocks, cache)
+            return x, Memory(banks[0][:, None], tail)
+        x = x.reshape(-1, min(T, self.config.block_size), x.size(-1))       # (B * S, T, d)
+        for i, block in enumerate(self.blocks):
+            bank = banks[i] if block.read else None
+            x, bank = block(x, bank, cache[i] if cache else None)
+            if block.read:
+                banks[i] = bank
+        banks = torch.stack(banks, dim=1) if banks else memory.banks
+        return x.reshape(B, T, -1), Memory(banks, tail)
 
-    def forward(self, tokens, targets=None, memory=None, last=None, scored_only=False):
-        """Read tokens segment by segment.
+    def read(self, tokens, memory=None, last=None):
+        """Read tokens (B, T >= 1) -> hidden states of the `last` (None: all) positions, the memory.
+
+        Cutting a long input at multiples of block_size and passing the memory on gives the same as
+        one call. An unfinished last segment is written as if the text ended there, so a cut
+        anywhere else starts a new segment at that place. Without gradients and with `last`, a
+        long context needs no more working memory than a short one.
+        """
+        B, T = tokens.shape
+        first, size, start, hidden = T - min(last or T, T), self.config.block_size, 0, []
+        memory = self.fresh_memory(B) if memory is None else memory
+        many = 1 if self.memory_tokens else max(1, 2**13 // (B * size))     # segments at once
+        while start < T:
+            length = min(many, (T - start) // size) * size or T - start
+            output, memory = self.run(tokens[:, start:start + length], memory)
+            if start + length > first:
+                hidden.append(output[:, max(first - start, 0):])
+            start += length
+        return torch.cat(hidden, dim=1), memory                         # (B, T - first, d)
+
+    def forward(self, tokens, targets=None, memory=None, last=None):
+        """Read tokens segment by segment, see `read`.
 
         tokens   (B, T) int64, any T >= 1
         targets  (B, T) int64: the next token to predict, -1 where nothing is scored
         memory   the `Memory` that an earlier call returned; None: a fresh one
-        last     return and score only the last so many positions: without gradients a long context
-                 then needs no more working memory than a short one
-        scored_only   logits (n, vocab) and loss (n,) of the positions that have a target alone, row
-                 by row: with few answers in a long context most of the head's work is saved
+        last     return and score only the last so many positions
         Returns logits (B, T or last, vocab), the mean cross-entropy in nats (None without targets)
-        and the memory. Cutting a long input at multiples of block_size and passing the memory on
-        gives the same logits as one call. An unfinished last segment is written as if the text
-        ended there, so a cut anywhere else starts a new segment at that place.
+        and the memory.
         """
-        B, T = tokens.shape
-        first = T - min(last or T, T)
-        memory = self.fresh_memory(B) if memory is None else memory
-        hidden = []
-        for start in range(0, T, self.config.block_size):
-            segment, cache = tokens[:, start:start + self.config.block_size], self.empty_cache()
-            output, memory = self.run_segment(segment, memory, cache)
-            memory = self.write_memory(memory, cache)
-            if start + segment.size(1) > first:
-                hidden.append(output[:, max(first - start, 0):])
-        hidden = torch.cat(hidden, dim=1)                               # (B, T - first, d)
-        if targets is None:
-            return self.head(hidden), None, memory                      # (B, T - first, vocab)
-        targets = targets[:, first:]
-        if scored_only:
-            hidden, targets = hidden[targets >= 0], targets[targets >= 0]
-        logits = self.head(hidden)
-        loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1,
-                               reduction="none" if scored_only else "mean")
+        hidden, memory = self.read(tokens, memory, last)
+        logits, loss = self.head(hidden), None                          # (B, T or last, vocab)
+        if targets is not None:
+            targets = targets[:, -logits.size(1):]
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss, memory
 
     def head(self, x):
         """Hidden states (B, T, d) -> logits (B, T, vocab); the weights are the embedding's."""
-        return F.linear(self.norm(x), self.embedding.weight)
+        return F.linear(normed(x), self.embedding.weight)
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, memory=None):
@@ -524,29 +538,26 @@ class LM2(nn.Module):
         of the current segment are kept; the bank is written when the segment is full, exactly as
         in `forward`.
         """
+        size, done, end = self.config.block_size, 0, tokens.size(1) + max_new_tokens
         memory = self.fresh_memory(tokens.size(0)) if memory is None else memory
-        cache, filled, new = self.empty_cache(), 0, tokens
-        generated = [tokens]
-        for _ in range(max_new_tokens):
-            while new.size(1):                       # the prompt may be many segments long
-                if filled == self.config.block_size:
-                    memory = self.write_memory(memory, cache)
-                    cache, filled = self.empty_cache(), 0
-                part = new[:, :self.config.block_size - filled]
-                new = new[:, part.size(1):]
-                filled += part.size(1)
-                output, memory = self.run_segment(part, memory, cache)
-            logits = self.head(output[:, -1])                                     # (B, vocab)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                logits = logits.float() / temperature
-                if top_k:
-                    lowest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < lowest, -math.inf)
-                new = torch.multinomial(logits.softmax(-1), 1)          # (B, 1)
-            generated.append(new)
-        return torch.cat(generated, dim=1)
+        while tokens.size(1) < end:
+            full = (tokens.size(1) - 1) // size * size      # the last token is still to be read
+            if full > done:
+                memory = self.read(tokens[:, done:full], memory, last=1)[1]
+            new, so_far, cache, done = tokens[:, full:], memory, [{} for _ in self.blocks], full
+            while tokens.size(1) < end and tokens.size(1) <= full + size:
+                output, so_far = self.run(new, so_far, cache)
+                logits = self.head(output[:, -1])                                 # (B, vocab)
+                if temperature == 0:
+                    new = logits.argmax(-1, keepdim=True)
+                else:
+                    logits = logits.float() / temperature
+                    if top_k:
+                        lowest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                        logits = logits.masked_fill(logits < lowest, -math.inf)
+                    new = torch.multinomial(logits.softmax(-1), 1)                # (B, 1)
+                tokens = torch.cat((tokens, new), dim=1)
+        return tokens
 
     def optimizer(self, lr=2e-3, muon_lr=1e-2, weight_decay=0.0):
         """[Muon for the matrices inside blocks, AdamW for all else]; step both.

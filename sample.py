@@ -28,7 +28,7 @@ import torch
 
 import babilong_tiny as babi
 from babilong_tiny import die, die_unless_new, flag, parse_flags
-from lm2 import LM2, Memory, load_checkpoint
+from lm2 import LM2, Memory, load_checkpoint, normed
 
 
 @dataclass
@@ -196,9 +196,8 @@ class Recorder:
         self.source = [torch.zeros(slots, 0) for _ in self.blocks]
 
     def watch(self):
-        self.start_segment()
-        self.hooks = [self.model.embedding.register_forward_hook(self.saw_tokens)
-                      for _ in self.blocks[:1]]
+        self.found = [{} for _ in self.blocks]
+        self.hooks = [self.model.embedding.register_forward_hook(self.saw_tokens)]
         for i, block in enumerate(self.blocks):
             self.hooks += [block.read.register_forward_hook(self.saw_read(i)),
                            block.write.register_forward_hook(self.saw_write(i))]
@@ -207,53 +206,51 @@ class Recorder:
             self.hooks += [gate.register_forward_hook(self.saw_gate(i, name))
                            for name, gate in gates.items() if gate]
 
-    def start_segment(self):
-        self.tokens, self.found = [], [{"x": [], "joined": [], "output": []} for _ in self.blocks]
-
     def saw_tokens(self, module, args, output):
-        self.tokens += args[0][0].tolist()
+        self.tokens = args[0][0]
 
     def saw_gate(self, i, name):
+        def hook(module, args, output):  # the write's gates see the segments one by one
+            self.found[i].setdefault(name, []).append(output.mean(-1).float().cpu())
+        return hook
+
+    def saw_write(self, i):
         def hook(module, args, output):
-            mean = output[0].mean(-1).float().cpu()  # of each token or each slot
-            self.found[i][name] = [*self.found[i][name], mean] if name == "output" else mean
+            (before, after), found = output, self.found[i]
+            found["before"] = normed(before[0])                                     # (S, N, d)
+            found["after"] = normed(torch.cat((before[0, 1:], after)))
+            attention = module.attention(*module.prepare(args[0][0]), found["before"])[..., :-1]
+            for name in ("input", "forget"):  # a gate that is switched off is wide open
+                found[name] = torch.cat(found.get(name, [torch.ones(attention.shape[:2])]))
+            found["write"] = attention.float().cpu() * found["input"][..., None]    # (S, N, T)
         return hook
 
     def saw_read(self, i):
         def hook(module, args, output):
-            self.found[i]["x"].append(args[0])
-            self.found[i]["memory"] = args[1]
-            self.found[i]["joined"].append(output[0].norm(dim=-1).float().cpu())
-        return hook
-
-    def saw_write(self, i):
-        def hook(module, args, new):
-            found, read = self.found[i], self.blocks[i].read
-            x, memory = torch.cat(found["x"], dim=1), found["memory"]
-            slots = torch.ones(new.size(1))
-            found["input"] = found.get("input", slots)
-            found["forget"] = found.get("forget", slots)
-            found["output"] = torch.cat(found["output"] or [torch.ones(x.size(1))])
-            found["joined"] = torch.cat(found["joined"])
-            found["read"] = read.attention(x, memory)[0].float().cpu()
-            found["again"] = read.attention(x, new)[0].float().cpu()
-            attention = module.attention(module.norm(args[0]), memory)[0].float().cpu()
-            found["write"] = attention * found["input"][:, None]
+            found = self.found[i]
+            if "write" not in found:  # generation goes on in a segment: no bank was written
+                return found.clear()
+            found["read"] = module.attention(args[0], found.pop("before")).float().cpu()
+            found["again"] = module.attention(args[0], found.pop("after")).float().cpu()
+            found["joined"] = output.norm(dim=-1).float().cpu()                     # (S, T)
+            found["output"] = torch.cat(found.get("output", [torch.ones(output.shape[:2])]))
             if i == len(self.blocks) - 1:
-                self.end_segment()
+                self.end_segments()
         return hook
 
-    def end_segment(self):
-        kept = ("read", "again", "joined", "write", "input", "forget", "output")
-        self.count += 1
-        self.segments.append({"number": self.count, "tokens": self.tokens}
-                             | {name: [found[name] for found in self.found] for name in kept})
-        n_kept, n_new = len(self.text()), len(self.tokens)  # the oldest segment may be gone
-        self.before = [source[:, max(0, source.size(1) + n_new - n_kept):]
-                       for source in self.source]
-        self.source = [torch.cat((source * found["forget"][:, None], found["write"]), dim=1)
-                       for source, found in zip(self.before, self.found)]
-        self.start_segment()
+    def end_segments(self):
+        found, self.found = self.found, [{} for _ in self.blocks]
+        segments = len(found[0]["read"])
+        for s, tokens in enumerate(self.tokens.view(segments, -1).tolist()):
+            segment = {name: [block[name][s] for block in found] for name in found[0]}
+            self.count += 1
+            self.segments.append({"number": self.count, "tokens": tokens} | segment)
+            n_kept, n_new = len(self.text()), len(tokens)  # the oldest segment may be gone
+            self.before = [source[:, max(0, source.size(1) + n_new - n_kept):]
+                           for source in self.source]
+            self.source = [torch.cat((source * forget[:, None], write), dim=1) for
+                           source, forget, write in zip(self.before, segment["forget"],
+                                                        segment["write"])]
 
     def text(self):
         """Tokens of the segments kept, in the order of the columns of `source`."""
@@ -512,7 +509,7 @@ def bench(model, encoding, n_read=1_000_000, n_generate=4096):
     whole = replace(model.config, memory="none", block_size=n_generate + 1)
     for name, decoder in (("LM2", model), ("full window", LM2(whole).to(model.device).eval())):
         tokens, ticks = torch.zeros(1, 1, dtype=torch.long, device=model.device), []
-        hook = decoder.norm.register_forward_hook(lambda *_: ticks.append(time.time()))
+        hook = decoder.embedding.register_forward_hook(lambda *_: ticks.append(time.time()))
         decoder.generate(tokens, n_generate, temperature=0)
         hook.remove()
         tenth = n_generate // 10
@@ -647,7 +644,6 @@ def main():
         die("--show and --html look at an answer; give a question with --ask")
     if flags.temperature != 0 and not 1e-6 < flags.temperature < 1e6:
         die(f"--temperature={flags.temperature}: it must be 0 or a number from 1e-6 to 1e6")
-    babi.check_limits(flags)
     for name in ("story", "read", "load_memory", "save_memory", "ask", "prompt", "show", "html"):
         if (flags.study or flags.bench) and getattr(flags, name):
             die(f"--study and --bench have texts of their own: leave --{name} away")

@@ -1,6 +1,6 @@
 """Teach an LM2 to use its memory, and prove that it does.
 
-    python train.py                          # 18 minutes on a CPU core; ends in the proof table
+    python train.py                          # some minutes on a CPU core; ends in the proof table
     python train.py --task=qa1,qa2 --n_layer=3 --questions=8 --out=out-qa2
     python train.py --data=book.txt --out=out-book      # any text instead of stories
     python train.py --task=all --n_layer=4 --n_embd=96 --memory_slots=32 --out=out-all
@@ -10,8 +10,7 @@
     python train.py --bench                  # what the memory costs in time and space
 
 The file reads from top to bottom: flags, set-up, comparisons, data, model, the benchmark, the
-loop, the proof.
-Ctrl-C saves and ends; everything a run writes lies in the folder `--out`.
+loop, the proof. Ctrl-C saves and ends; everything a run writes lies in the folder `--out`.
 """
 import csv
 import itertools
@@ -30,9 +29,10 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import babilong_tiny as babi
-from babilong_tiny import die, flag, parse_flags
+from babilong_tiny import die, flag, or_die, parse_flags
 from lm2 import LM2, LM2Config, load_checkpoint
 
 
@@ -94,8 +94,8 @@ class Flags:
                                       "how many questions at each of the lengths")
 
 
-# flags that change nothing in what is learned
-FREE = {"resume", "out", "device", "log_every", "save_every", "eval_samples",
+# flags that change nothing in what is learned, or its end alone: a resumed run may have others
+FREE = {"resume", "out", "device", "steps", "compile", "log_every", "save_every", "eval_samples",
         "eval_times", "babi_dir", "bench", "compare", "seeds", "lengths", "samples"}
 DIVERGED = 3  # exit status of a run whose loss is no longer a number
 
@@ -109,87 +109,73 @@ flags = parse_flags(Flags, __doc__)
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 if rank:
     sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
-ckpt_path = os.path.join(flags.out, "ckpt.pt")
-checkpoint = None
+ckpt_path, checkpoint = os.path.join(flags.out, "ckpt.pt"), None
 if flags.resume:
     try:
         checkpoint = load_checkpoint(ckpt_path)
         saved = Flags(**checkpoint["train"]["flags"])
-        for f in fields(Flags):
-            if type(getattr(saved, f.name)) is not type(f.default):
-                raise ValueError(f"--{f.name} is no {type(f.default).__name__} in {ckpt_path}")
     except (ValueError, TypeError, KeyError) as error:
         die(f"--resume: {error}")
-    given = {arg[2:].split("=")[0].removeprefix("no-") for arg in sys.argv if arg[:2] == "--"}
-    for name in {f.name for f in fields(Flags)} - {"resume", "out"}:
-        if name in given & (FREE | {"steps"}):  # another end is another schedule from here on
-            continue
-        if name in given and getattr(flags, name) != getattr(saved, name):
-            die(f"--{name}={getattr(flags, name)} differs from the run in {flags.out} "
-                f"({getattr(saved, name)}); leave it away to resume, or choose another --out")
-        setattr(flags, name, getattr(saved, name))
+    # the run's own flags, then those of the command line
+    argv = [*babi.as_flags(saved), *sys.argv[1:], f"--out={flags.out}"]
+    flags = parse_flags(Flags, __doc__, argv)
+    for f in fields(Flags):
+        now, then = getattr(flags, f.name), getattr(saved, f.name)
+        if now != then and f.name not in FREE:
+            die(f"--{f.name}={now} differs from the run in {flags.out} ({then}); leave it away to "
+                "resume, or choose another --out")
 
-babi.check_limits(flags)
 if not flags.data and flags.block_size < 32:
     die(f"--block_size={flags.block_size}: questions and answers need segments of at least 32")
 if os.path.exists(ckpt_path) and not (checkpoint or flags.bench or flags.compare):
     die(f"{ckpt_path} is there from an earlier run; --resume it, choose another --out or remove it")
-
-try:
-    device = babi.find_device(flags.device)
-except ValueError as error:
-    die(error)
-device_type = device.split(":")[0]
-if world > 1 and (device_type == "mps" or
-                  device_type == "cuda" and torch.cuda.device_count() < world):
-    die(f"torchrun: {world} processes need as many CUDA devices, or --device=cpu")
-if world > 1 and device_type == "cuda":
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-if device_type == "cuda" and ":" in device:
-    torch.cuda.set_device(device)
-if world > 1:
-    try:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    except (ValueError, RuntimeError):
-        die("WORLD_SIZE is set, but the processes do not find each other; begin them with torchrun")
-native = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-dtype = torch.bfloat16 if native else torch.float32
-autocast = torch.autocast(device_type, dtype, enabled=native)
-
-text, books = None, babi.book_names(flags.noise)
+books = babi.book_names(flags.noise)
 if flags.data and (books or flags.babi_dir or flags.task != Flags.task):
     die("--data learns a text: leave --task, --noise and --babi_dir away")
-try:
+
+with or_die():
+    device = babi.find_device(flags.device)
     tasks = () if flags.data else babi.parse_tasks(flags.task)
+    real = {task: babi.load_babi(flags.babi_dir, task) for task in tasks if flags.babi_dir}
+text, texts = "", 0  # and a number that tells texts apart: a resumed run must have the same
+with or_die(f"--data={flags.data}: " if flags.data else "--noise: "):
     if flags.data:
         with open(flags.data, encoding="utf-8") as file:
             text = file.read()
-    if checkpoint:
-        encoding = LM2.load(ckpt_path)[1]
-    else:
-        learned = [text[:len(text) * 9 // 10]] if text else \
-            (sentence for book in books for sentence in babi.read_sentences(book))
-        encoding = babi.load_encoding(flags.tokenizer, babi.count_words(learned))
-    noise = None if flags.data else babi.load_noise(flags.noise, encoding, flags.seed)
-    texts = zlib.crc32((text or "").encode())  # a resumed run must have the same
-    for book in books:
-        with open(book, "rb") as file:
+    for path in books or [flags.data] * bool(flags.data):
+        with open(path, "rb") as file:
             for line in file:
                 texts = zlib.crc32(line, texts)
-except (OSError, UnicodeDecodeError, ValueError) as error:
-    reason = "not a text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
-    die(f"--data={flags.data}: {reason}" if text is None and flags.data else reason)
-real = {task: babi.load_babi(flags.babi_dir, task) for task in tasks} if flags.babi_dir else {}
-
-try:
+    counts = Counter() if checkpoint else babi.count_words(
+        [text[:len(text) * 9 // 10]] if text else
+        (sentence for book in books for sentence in babi.read_sentences(book)))
+with or_die():
+    encoding = LM2.load(ckpt_path)[1] if checkpoint else babi.load_encoding(flags.tokenizer, counts)
+noise = None if flags.data else babi.load_noise(flags.noise, encoding, flags.seed)
+with or_die("this model cannot be built: "):
     sizes = {f.name: getattr(flags, f.name) for f in fields(LM2Config) if hasattr(flags, f.name)}
     if flags.full_window:
         sizes["block_size"] *= flags.window if flags.data else flags.segments
         if flags.memory != "none":
             raise ValueError("--full_window is for --memory=none: it leaves nothing to remember")
     config = LM2Config(encoding.n_vocab, **sizes)
-except ValueError as error:
-    die(f"this model cannot be built: {error}")
+
+device_type = device.split(":")[0]
+if world > 1:
+    if device_type == "mps" or device_type == "cuda" and torch.cuda.device_count() < world:
+        die(f"torchrun: {world} processes need as many CUDA devices, or --device=cpu")
+    if device_type == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    except (ValueError, RuntimeError):
+        die("WORLD_SIZE is set, but the processes do not find each other; begin them with torchrun")
+if ":" in device:
+    torch.cuda.set_device(device)
+# bfloat16 where a GPU computes in it, float32 elsewhere
+native = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+dtype = torch.bfloat16 if native else torch.float32
+autocast = torch.autocast(device_type, dtype, enabled=native)
 
 
 def rows_of(length):
@@ -229,86 +215,85 @@ def arms():
 def compare():
     """Train and score every arm with every seed. What is done already is not done again."""
     for name in ("memory", "memory_layers", "full_window", "output_gate", "input_gate",
-                 "forget_gate", "address", "seed", "resume"):
+                 "forget_gate", "address", "seed", "resume", "bench"):
         if getattr(flags, name) != getattr(Flags, name):
             die(f"--{name} cannot be given: --compare sets it")
     if world > 1 or bool(text) != (flags.compare == "text"):
         die("--compare runs in one process, text with --data=book.txt and the others without")
-    if min(flags.samples) < 1 or flags.bench:
-        die("--samples must be at least 1, and --bench is for itself")
+    if min(flags.samples) < 1:
+        die("--samples must be at least 1")
     samples = {} if text else babi.test_samples(tasks, max(flags.samples), flags.babi_dir)
-    for task, made in samples.items():
+    for task, made in samples.items():  # found now, not after hours of training
         least = min(len(babi.to_tokens(sample, encoding)[0]) for sample in made)
         if not least <= min(n or least for n in flags.lengths):
             die(f"--lengths: the shortest sample of {task} has {least} tokens (0 = no noise)")
-    variants, spent, cells, lost = arms(), [], [], []
-    jobs = list(itertools.product(dict.fromkeys(flags.seeds), variants))
-    for number, (seed, name) in enumerate(jobs):
-        left = statistics.mean(spent or [0]) * (len(jobs) - number)
-        print(f"\n[{number + 1}/{len(jobs)}] {name}, seed {seed}"
-              + f"; about {left / 60:.0f} minutes left" * bool(spent), flush=True)
-        out = os.path.join(flags.out, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
-        arm = replace(flags, compare="", babi_dir="", eval_times=0, seed=seed, out=out,
-                      **variants[name])
-        try:
-            found = run_arm(arm, name, samples)
-        except KeyboardInterrupt:
-            report(cells, lost)
-            raise
-        cells += found
-        spent += [cell["seconds"] for cell in found[:1]]
-        if not found:
-            lost.append(f"{name}, seed {seed}")
-        if (number + 1) % len(variants) == 0:
-            report(cells, lost)
+    cells, lost = [], []
+    jobs = list(itertools.product(dict.fromkeys(flags.seeds), arms().items()))
+    try:
+        for number, (seed, (name, changes)) in enumerate(jobs, 1):
+            print(f"\n[{number}/{len(jobs)}] {name}, seed {seed}", flush=True)
+            out = os.path.join(flags.out, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
+            found = run_arm(name, replace(flags, compare="", babi_dir="", eval_times=0, seed=seed,
+                                          out=out, **changes))
+            cells += found
+            lost += [] if found else [f"{name}, seed {seed}"]
+            if number % len(arms()) == 0:
+                report(cells, lost)
+    except KeyboardInterrupt:
+        report(cells, lost)
+        print("\nstopped; the same command goes on from here")
 
 
-def run_arm(arm, name, samples):
-    """Train one arm to its end, unless it is there; returns its cells of the table.
+def call(script, *arguments):
+    """Run another script of ours to its end; its exit status. Ctrl-C is for it alone."""
+    signal.signal(signal.SIGINT, lambda *_: None)
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
+    code = subprocess.run([sys.executable, script, *arguments]).returncode
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if code < 0:
+        raise KeyboardInterrupt
+    return code
+
+
+def run_arm(name, arm):
+    """Train and score one arm, unless that is done; returns its cells of the table.
 
     There are none if its loss was no longer a number.
     """
-    ckpt, steps = os.path.join(arm.out, "ckpt.pt"), 0
-    if os.path.exists(ckpt):
-        saved, arm.resume = load_checkpoint(ckpt)["train"], True
-        steps = saved["step"]
-        for key, value in asdict(arm).items():
-            if key not in FREE and saved["flags"].get(key) != value:
-                die(f"{arm.out} was trained with --{key}={saved['flags'].get(key)}, not {value}; "
-                    "choose another --out")
-    if steps < arm.steps:
-        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the run
-        command = [sys.executable, os.path.abspath(__file__), *babi.as_flags(arm)]
-        code = subprocess.run(command).returncode
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    ckpt = os.path.join(arm.out, "ckpt.pt")
+    if os.path.exists(ckpt):  # begun earlier; a run of other flags is refused there
+        arm.resume, saved = True, load_checkpoint(ckpt)["train"]
+        if saved["flags"]["steps"] != arm.steps:
+            die(f"{arm.out} was trained with --steps={saved['flags']['steps']}, not {arm.steps}; "
+                "choose another --out")
+    if not arm.resume or saved["step"] < arm.steps:
+        code = call("train.py", *babi.as_flags(arm))
         if code == DIVERGED:
             return []
-        if code > 0:
+        if code:
             sys.exit(code)
-        if code < 0 or load_checkpoint(ckpt)["train"]["step"] < arm.steps:
+        saved = load_checkpoint(ckpt)["train"]
+        if saved["step"] < arm.steps:
             raise KeyboardInterrupt
-    saved, (model, _) = load_checkpoint(ckpt)["train"], LM2.load(ckpt, device)
-    about = {"arm": name, "seed": arm.seed, "seconds": round(saved["seconds"]),
-             "parameters": sum(p.numel() for p in model.parameters())}
+    parameters = sum(p.numel() for p in LM2.load(ckpt)[0].parameters())
+    about = {"seed": arm.seed, "seconds": round(saved["seconds"]), "parameters": parameters}
     if text:
         window = flags.window * flags.block_size
         per_step = rows_of(window) * window
         rows = babi.read_csv(os.path.join(arm.out, "log.csv"), ("step", "bits_per_byte"))
-        return [about | {"task": "text", "tokens": int(row["step"]) * per_step,
+        return [about | {"arm": name, "task": "text", "tokens": int(row["step"]) * per_step,
                          "bits_per_byte": float(row["bits_per_byte"])} for row in rows]
     about["stages"] = "/".join(str(stage) for stage in saved["stage"].values())
     cells = []
     for n_best in (0, 5) if name == "vanilla" else (0,):  # with retrieval: the paper's RAG row
-        asked = zlib.crc32(repr((flags.lengths, flags.samples, flags.babi_dir, flags.noise, n_best,
-                                 saved["seconds"])).encode())
-        path = os.path.join(arm.out, f"scores-{asked:08x}.csv")
+        asked = (flags.lengths, flags.samples, flags.babi_dir, flags.noise, n_best, saved["seconds"])
+        path = os.path.join(arm.out, f"scores-{zlib.crc32(repr(asked).encode()):08x}.csv")
         if not os.path.exists(path):
-            counts = flags.samples + flags.samples[-1:] * len(flags.lengths)
-            scored = babi.score_table(model, encoding, samples, dict(zip(flags.lengths, counts)),
-                                      babi.load_noise(flags.noise, encoding, "compare"),
-                                      n_best=n_best)
-            babi.write_csv(path, scored, scored[0])
-            print(f"written to {path}")
+            code = call("babilong_tiny.py", *babi.as_flags(babi.Flags(
+                ckpt=ckpt, lengths=flags.lengths, samples=flags.samples, babi_dir=flags.babi_dir,
+                noise=flags.noise, retrieve=n_best, csv=path, device=flags.device)))
+            if code:
+                sys.exit(code)
         cells += [about | {"arm": name + ", retrieval" * bool(n_best)}
                   | {key: value if key == "task" else float(value) for key, value in row.items()}
                   for row in babi.read_csv(path, ("task", "tokens", "accuracy", "last mentioned"))]
@@ -327,62 +312,36 @@ def report(cells, lost):
         row = spread.setdefault(cell["task"], {}).setdefault(cell["arm"], {})
         row.setdefault(int(cell["tokens"]), []).append(cell[metric])
     lengths = sorted({int(cell["tokens"]) for cell in cells})
+    shown = lengths[-1:] if text else lengths
     seeds = list(dict.fromkeys(cell["seed"] for cell in cells))
     for task, rows in spread.items():
-        shown = lengths[-1:] if text else lengths
         print(f"\n{task}, {metric.replace('_', ' ')}: mean of seeds {', '.join(map(str, seeds))}"
               f" ± standard deviation\n{'':33}parameters  seconds"
               + "".join(f"{babi.shorten(n):>14}" for n in shown))
         for name, row in rows.items():
             own = [cell for cell in cells if cell["arm"] == name]
-            seconds = statistics.mean(cell["seconds"] for cell in own)
             n_seeds = len(row[shown[-1]])
             print(f"{name + f' (seeds: {n_seeds})' * (n_seeds < len(seeds)):33}"
-                  f"{own[0]['parameters']:>10,} {seconds:8.0f}" + "".join(
-                      f"  {statistics.mean(row[n]):.3f}" + (
-                          f" ±{statistics.stdev(row[n]):.3f}" if n_seeds > 1 else " " * 7)
+                  f"{own[0]['parameters']:>10,} {statistics.mean(c['seconds'] for c in own):8.0f}"
+                  + "".join(f"  {statistics.mean(row[n]):.3f}" + (
+                      f" ±{statistics.stdev(row[n]):.3f}" if n_seeds > 1 else " " * 7)
                       for n in shown))
         for name in ("best constant", "last mentioned") if not text else ():
             found = {int(cell["tokens"]): cell[name] for cell in cells if cell["task"] == task}
             print(f"{name:52}" + "".join(f"  {found[n]:.3f}       " for n in shown))
+            if name == "last mentioned":
+                rows[name] = {n: [value] for n, value in found.items()}
     name = os.path.join(flags.out, flags.compare)
     babi.write_csv(f"{name}.csv", cells, cells[0])
     print(f"\nwritten to {name}.csv", flush=True)
-    plt = babi.matplotlib()
-    if not plt:
-        return
-    figure, axes = plt.subplots(1, len(spread), figsize=(5.5 * len(spread) + 1.5, 4), sharey=True,
-                                squeeze=False, layout="constrained")
-    for axis, (task, rows) in zip(axes[0], spread.items()):
-        for i, (arm, row) in enumerate(rows.items()):
-            axis.plot(list(row), [statistics.mean(values) for values in row.values()],
-                      "-" if text else "-" + "os^vDPX*<>hd"[i % 12], label=arm)
-            axis.fill_between(list(row), [min(values) for values in row.values()],
-                              [max(values) for values in row.values()], alpha=0.15)
-        if text:
-            axis.set(xlabel="tokens of training", ylabel="bits per byte of held-out text")
-        else:
-            guess = {int(cell["tokens"]): cell["last mentioned"] for cell in cells
-                     if cell["task"] == task}
-            axis.plot(list(guess), list(guess.values()), "k:", linewidth=1, label="last mentioned")
-            axis.set_xscale("symlog", base=2, linthresh=1024)
-            axis.set(xlabel="tokens of context", ylabel="accuracy", title=task, ylim=(0, 1.03),
-                     xticks=lengths, xticklabels=[babi.shorten(n) for n in lengths])
-        axis.minorticks_off()
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(f"{name}.png", dpi=130)
-    plt.close(figure)
-    print(f"picture: {name}.png", flush=True)
+    babi.draw(f"{name}.png", spread, "tokens of training" if text else "tokens of context",
+              "bits per byte of held-out text" if text else "accuracy")
 
 
 if flags.compare:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with or_die():
         compare()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here")
-    except (OSError, ValueError) as error:
-        die(error)
     sys.exit(0)
 
 # --------------------------------------------------------------------------------------------
@@ -488,7 +447,32 @@ def text_loss(most=200):
     return total / n_tokens, total / math.log(2) / n_bytes
 
 
-make_batch = text_batch if flags.data else story_batch
+def prepare(step, stages, running):
+    """The batch of a step, made ahead in a thread: this process's share of it, and what it is for.
+
+    tokens (b, T); the n positions `at` (n,) among its b * T that are scored, with what to say
+    there, `answers` (n,), their `weights` (n,) in the loss, and the task that each belongs to if it
+    begins an answer, else -1 (`task_of`). Of all processes' rows: the sum of `weights`, the number
+    of tokens, and Counters of rows and of answers asked, by task.
+    """
+    tokens, targets, names = (text_batch if flags.data else story_batch)(step, stages, running)
+    scored = targets >= 0
+    # tasks differ in how many questions a story allows: in a mixture each of a row's n targets
+    # weighs n ** -0.5, or the tasks with many would have nearly all of the gradient
+    power = 0.5 if len(tasks) > 1 else 0.0
+    weights = scored * scored.sum(1, keepdim=True).clamp(min=1) ** -power
+    begins = scored & (targets.roll(1, dims=1) < 0)
+    task_of = torch.tensor([tasks.index(name) for name in names] or [0])[:, None]
+    task_of = task_of.expand_as(targets).masked_fill(~begins, -1)
+    asked = Counter()
+    for name, count in zip(names, begins.sum(1).tolist()):
+        asked[name] += count
+    mine = scored[rank::world]
+    share = {"tokens": tokens[rank::world], "at": mine.flatten().nonzero()[:, 0],
+             "answers": targets[rank::world][mine], "weights": weights[rank::world][mine],
+             "task_of": task_of[rank::world][mine]}
+    return share, weights.sum().item(), tokens.numel(), Counter(names), asked
+
 
 # --------------------------------------------------------------------------------------------
 # Model, optimizers, schedule
@@ -501,28 +485,18 @@ except (RuntimeError, MemoryError):
 optimizers = model.optimizer(flags.lr, flags.muon_lr, flags.weight_decay)
 
 
-class Loss(torch.nn.Module):
-    """Logits at the targets (-1: none) of this process's rows, and the sum of their losses.
-
-    Tasks differ in how many questions a story allows. In a mixture each of a row's n targets weighs
-    n ** -0.5, or the tasks with many would have nearly all of the gradient.
-    """
+class Answers(torch.nn.Module):
+    """Logits (n, vocab) at the positions `at` (n,) among all B * T of tokens (B, T)."""
 
     def __init__(self):
         super().__init__()
-        self.model, self.power = model, 0.5 if len(tasks) > 1 else 0.0
+        self.model = model
 
-    def forward(self, tokens, targets, span):
-        logits, losses, _ = self.model(tokens, targets, last=span, scored_only=True)
-        return logits, (losses * self.weights(targets)[targets >= 0]).sum()
-
-    def weights(self, targets):
-        """(B, T): the weight of each target's loss, 0 where there is none."""
-        scored = (targets >= 0).float()
-        return scored * scored.sum(1, keepdim=True).clamp(min=1.0) ** -self.power
+    def forward(self, tokens, at):
+        return self.model.head(self.model.read(tokens)[0].flatten(0, 1)[at])
 
 
-compute = loss_of = Loss()
+compute = Answers()
 if world > 1:  # averages the gradients of all processes; in a single segment no write is used
     compute = torch.nn.parallel.DistributedDataParallel(
         compute, broadcast_buffers=False,
@@ -532,15 +506,14 @@ rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in opti
 state = {"step": 0, "stage": dict.fromkeys(tasks, 1), "running": dict.fromkeys(tasks, 0.0),
          "seconds": 0.0, "flags": asdict(flags), "text": texts}
 if checkpoint:
+    saved = checkpoint["train"]
     try:
-        if checkpoint["train"]["text"] != texts:
+        if saved["text"] != texts:
             die(f"--resume: the run in {flags.out} began with another text than "
                 f"{flags.data or flags.noise}")
         model.load_state_dict(checkpoint["model"])
-        for optimizer, saved_optimizer in zip(optimizers, checkpoint["train"]["optimizers"],
-                                              strict=True):
-            optimizer.load_state_dict(saved_optimizer)
-        saved = checkpoint["train"]
+        for optimizer, its_state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(its_state)
         state |= {"step": int(saved["step"]), "seconds": float(saved["seconds"]),
                   "stage": {task: int(saved["stage"][task]) for task in tasks},
                   "running": {task: float(saved["running"][task]) for task in tasks}}
@@ -579,18 +552,18 @@ def save():
 # --------------------------------------------------------------------------------------------
 # The benchmark: ratios taken in one run
 
+def timed(work, *args):
+    """Seconds that `work` takes, on whatever device."""
+    start = time.perf_counter()
+    work(*args)
+    synchronize()
+    return time.perf_counter() - start
+
+
 def synchronize():
     """Wait until the device has done all that it was told to do."""
     if device_type != "cpu":
         getattr(torch, device_type).synchronize()
-
-
-def timed(work):
-    """Seconds that `work` takes, on whatever device."""
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def stopwatch(model, optimizers):
@@ -610,25 +583,23 @@ def stopwatch(model, optimizers):
     for optimizer in optimizers:
         optimizer.register_step_pre_hook(start)
         optimizer.register_step_post_hook(stop("optimizers"))
-
-    for block in model.blocks:
-        for part in ("attention", "feed_forward", "read", "write"):
-            if module := getattr(block, part):
-                module.register_forward_pre_hook(start)
-                module.register_forward_hook(stop(part))
-                module.register_full_backward_pre_hook(start)
-                module.register_full_backward_hook(stop(part))
+    for block, part in itertools.product(model.blocks, ("attention", "read", "write",
+                                                        "feed_forward")):
+        module = getattr(block, part)
+        module.register_forward_pre_hook(start)
+        module.register_forward_hook(stop(part))
+        module.register_full_backward_pre_hook(start)
+        module.register_full_backward_hook(stop(part))
     return spent
 
 
-def bench_training(segments, rounds=5):
+def bench_training(segments, rounds=8):
     """Print tokens/s of vanilla, RMT and LM2 in turn, what they keep, and where LM2's time goes.
 
     Every token is scored, or vanilla would have a gradient in the last segment only.
     """
     length = segments * config.block_size
-    rows = rows_of(length)
-    tokens = torch.randint(config.vocab_size, (rows, length), device=device)
+    tokens = torch.randint(config.vocab_size, (rows_of(length), length), device=device)
 
     def step(model, optimizers):
         with autocast:
@@ -638,61 +609,61 @@ def bench_training(segments, rounds=5):
             optimizer.step()
             optimizer.zero_grad()
 
-    print(f"\ntraining on {rows} contexts of {segments} segments: median of {rounds} rounds")
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    print(f"\ntraining on {len(tokens)} contexts of {segments} segments: median of {rounds} rounds")
     print(f"{'':10}parameters  tokens/s  of vanilla (lowest to highest)  kept for backward")
-    arms, speeds = {}, {}
-    for name, memory in (("vanilla", "none"), ("RMT", "rmt"), ("LM2", "lm2")):
-        model = LM2(replace(config, memory=memory)).to(device)
-        optimizers, speeds[name], kept = model.optimizer(), [], {}
-
-        def keep(x):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
+    arms, speeds = {}, {"vanilla": [], "RMT": [], "LM2": []}
+    for name, memory in zip(speeds, ("none", "rmt", "lm2")):
+        model, kept = LM2(replace(config, memory=memory)).to(device), {}
+        arms[name] = model, model.optimizer()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            step(model, optimizers)
-        arms[name] = model, optimizers, sum(kept.values()) / 2**20
+            step(*arms[name])
+        arms[name] += sum(kept.values()) / 2**20,
     for _ in range(rounds):
-        for name, (model, optimizers, _) in arms.items():
-            speeds[name].append(tokens.numel() / timed(lambda: step(model, optimizers)))
+        for name, arm in arms.items():
+            speeds[name].append(tokens.numel() / timed(step, *arm[:2]))
     for name, (model, _, kept) in arms.items():
         ratios = sorted(own / base for own, base in zip(speeds[name], speeds["vanilla"]))
         print(f"{name:10}{sum(p.numel() for p in model.parameters()):10,}"
               f"{statistics.median(speeds[name]):10,.0f}{statistics.median(ratios):12.2f} "
               f"({ratios[0]:.2f} to {ratios[-1]:.2f}){kept:18.0f} MiB")
-    model, optimizers, _ = arms["LM2"]
-    spent = stopwatch(model, optimizers)
-    whole = timed(lambda: step(model, optimizers))
+    spent = stopwatch(*arms["LM2"][:2])
+    whole = timed(step, *arms["LM2"][:2])
     spent["embedding, head and rest"] = whole - sum(spent.values())
     print("LM2's time: " + ", ".join(f"{part.replace('_', ' ')} {share / whole:.0%}"
                                      for part, share in spent.items()))
-    batch = []
-    seconds = timed(lambda: batch.extend(
-        make_batch(0, dict.fromkeys(tasks, segments), state["running"])))
-    print(f"making the samples: {seconds / batch[0].numel() * tokens.numel() / whole:.0%} of that, "
-          "done ahead while gradients are computed")
+    seconds, made = 0.0, 0
+    for number in range(10):
+        start = time.perf_counter()
+        made += prepare(number, dict.fromkeys(tasks, segments), state["running"])[2]
+        seconds += time.perf_counter() - start
+    print(f"making the samples: {seconds / made * tokens.numel() / whole:.1%} of that, done ahead "
+          "while gradients are computed")
 
 
 @torch.no_grad()
 def bench_generation(positions=(100, 10_000, 100_000), count=100):
     """Print tokens/s of LM2, which has read so many tokens, and of attention over all of them."""
     print("\ngeneration, tokens/s after so many tokens" + "".join(f"{n:>12,}" for n in positions))
-    model, speeds = LM2(replace(config, memory="lm2")), {"LM2": [], "full window": []}
-    model = model.to(device).eval()
+    speeds = {"LM2": [], "full window": []}
+    model = LM2(replace(config, memory="lm2")).to(device).eval()
     whole = LM2(replace(config, memory="none", block_size=positions[-1] + count)).to(device).eval()
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     for position in positions:
-        memory = model(token.expand(1, position), last=1)[2]
+        memory = model.read(token.expand(1, position), last=1)[1]
         speeds["LM2"].append(count / timed(lambda: model.generate(token, count, memory=memory)))
-        attention, cache = whole.blocks[0].attention, whole.empty_cache()
+        attention = whole.blocks[0].attention
         shape = (1, attention.n_kv_head, position, attention.head_dim)
-        for kept in cache:  # reading so much would take minutes: its keys and values are made up
-            kept.update(key=torch.randn(shape, device=device),
-                        value=torch.randn(shape, device=device))
+        # reading so much would take minutes: its keys and values are made up
+        cache = [{name: torch.randn(shape, device=device) for name in ("key", "value")}
+                 for _ in whole.blocks]
 
         def generate():
             for _ in range(count):
-                output, _ = whole.run_segment(token, whole.fresh_memory(1), cache)
+                output, _ = whole.run(token, whole.fresh_memory(1), cache)
                 torch.multinomial(whole.head(output[:, -1]).softmax(-1), 1)
         speeds["full window"].append(count / timed(generate))
     for name, row in speeds.items():
@@ -702,8 +673,8 @@ def bench_generation(positions=(100, 10_000, 100_000), count=100):
 
 
 if flags.bench:
-    if flags.full_window:
-        die("--bench measures with segments: leave --full_window away")
+    if flags.full_window or flags.data:
+        die("--bench measures with segments of stories: leave --full_window and --data away")
     print(f"device {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}; ratios count: "
           "they were taken in turn, in this one run")
     for segments in sorted({min(4, flags.segments), flags.segments}):
@@ -759,38 +730,31 @@ maker = ThreadPoolExecutor(1)  # makes the next batch while gradients of this on
 
 
 def order_batch(step):
-    return maker.submit(make_batch, step, dict(state["stage"]), dict(state["running"]))
+    return maker.submit(prepare, step, dict(state["stage"]), dict(state["running"]))
 
 
 coming = order_batch(state["step"])
 
 while state["step"] < flags.steps and not stopped:
     step = state["step"]
-    tokens, targets, names = coming.result()
-    span = tokens.size(1) if flags.data else babi.answer_span(targets)
-    n_tokens += tokens.numel()
-    total = loss_of.weights(targets).sum()  # of all processes' rows
-    tokens, targets = tokens[rank::world].to(device), targets[rank::world].to(device)
+    batch, total, count, rows_in, asked_in = coming.result()
+    n_tokens += count
+    task_of = batch.pop("task_of")
+    first = (task_of >= 0).nonzero()[:, 0]  # of the scored positions, those that begin an answer
+    tokens, at, answers, weights, first, task_of = (
+        x.to(device) for x in (*batch.values(), first, task_of[first]))
     for optimizer, base in zip(optimizers, rates):
         for group, lr in zip(optimizer.param_groups, base):
             group["lr"] = lr * rate(step)
     with autocast:
-        logits, loss = compute(tokens, targets, span)
-    targets = targets[:, -span:]
-    scored = targets >= 0
-    loss = loss * world / total  # all processes' mean is that of the whole batch
+        logits = compute(tokens, at)
+    loss = F.cross_entropy(logits.float(), answers, reduction="none")
+    loss = (loss * weights).sum() * world / total  # all processes' mean is that of the whole batch
 
     # what all processes must agree on: whether to stop, the loss, and each task's right answers
-    sums = torch.zeros(2 + 2 * len(tasks), device=device)
+    sums = torch.zeros(2 + len(tasks), device=device)
     sums[0], sums[1] = len(stop), loss.detach() / world
-    if not flags.data:
-        begins = scored & (targets.roll(1, dims=1) < 0)              # first tokens of the answers
-        hit = torch.zeros_like(scored)
-        hit[scored] = logits.argmax(-1) == targets[scored]
-        index = 2 + 2 * torch.tensor([tasks.index(name) for name in names[rank::world]],
-                                     device=device)
-        sums.index_add_(0, index, (hit & begins).sum(1).float())
-        sums.index_add_(0, index + 1, begins.sum(1).float())
+    sums[2:].index_add_(0, task_of, (logits.argmax(-1) == answers)[first].float())
     if world > 1:
         dist.all_reduce(sums)
     stopped, mean_loss, *counts = sums.tolist()
@@ -799,13 +763,13 @@ while state["step"] < flags.steps and not stopped:
         print(f"\nstep {step}: the loss is {mean_loss}. Stopped; the checkpoint from before, "
               "if there is one, is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
         sys.exit(DIVERGED)
-    for task, n_right, n_asked in zip(tasks, counts[::2], counts[1::2]):
-        if n_asked:
+    asked += asked_in
+    for task, n_right in zip(tasks, counts):
+        if asked_in[task]:
             right[task] += n_right
-            asked[task] += n_asked
             # a mean of about the last 33 steps, of a mixture's more as it has fewer of the rows
-            share = min(0.1, 0.03 * len(tasks) * names.count(task) / len(names))
-            state["running"][task] += share * (n_right / n_asked - state["running"][task])
+            share = min(0.1, 0.03 * len(tasks) * rows_in[task] / rows_in.total())
+            state["running"][task] += share * (n_right / asked_in[task] - state["running"][task])
             stage, chance = state["stage"][task], 1 / babi.TASKS[task].n_answers
             bar = flags.threshold * (1 - step / flags.steps / 3)  # a hard task moves on at last
             if (state["running"][task] - chance > bar * (1 - chance)
@@ -829,7 +793,7 @@ while state["step"] < flags.steps and not stopped:
                     for gate, means in gates.items()}
         accuracy = {task: right[task] / asked[task] if asked[task] else math.nan for task in tasks}
         row = {"step": state["step"], "loss": sum(losses) / len(losses),
-               "accuracy": "" if flags.data else sum(right.values()) / sum(asked.values()),
+               "accuracy": "" if flags.data else right.total() / asked.total(),
                "tokens_per_second": n_tokens / seconds, "seconds": state["seconds"]}
         row |= {f"{gate}_gate": mean for gate, mean in openness.items()}
         if flags.data:
@@ -914,32 +878,6 @@ def show(title, rows):
         print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)), flush=True)
 
 
-def picture(rows, file):
-    """Draw accuracy over context length, if matplotlib is there."""
-    plt = babi.matplotlib()
-    if not plt:
-        return
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    lengths = [row["tokens"] for row in rows]
-    for name, label, style in (("memory", "LM2 with its memory", "o-C0"),
-                               ("wiped", "bank wiped at every segment", "s--C1"),
-                               ("swapped", "bank of another story", "^:C2"),
-                               ("chance", "chance", "-k")):
-        axes.plot(lengths, [row[name] for row in rows], style, label=label,
-                  linewidth=1 if name == "chance" else 2)
-    axes.axvline(trained, color="gray", linewidth=1)
-    axes.text(trained, 0.3, " longest context in training", color="gray")
-    axes.set(xscale="log", ylim=(0, 1.03), xlabel="tokens of context, facts in the first half",
-             ylabel=f"{flags.task} accuracy", xticks=lengths, xticklabels=lengths)
-    axes.minorticks_off()
-    axes.legend(loc="center right")
-    try:
-        figure.savefig(file, dpi=130)
-        print(f"\npicture: {file}")
-    except OSError as error:
-        print(f"\nno picture: {file} cannot be written ({error.strerror})")
-
-
 if tasks and flags.eval_times:
     # built-in noise is of another seed, a book never trained on; given texts are the same
     proof_noise = babi.load_noise(flags.noise, encoding, f"proof {flags.seed}")
@@ -955,7 +893,11 @@ if tasks and flags.eval_times:
     show("The proof: facts in the first half of the context only, question in the last segment",
          rows)
     if len(tasks) == 1:
-        picture(rows, os.path.join(flags.out, "proof.png"))
+        lines = {"memory": "LM2 with its memory", "wiped": "bank wiped at every segment",
+                 "swapped": "bank of another story", "chance": "chance"}
+        babi.draw(os.path.join(flags.out, "proof.png"), {flags.task: {
+            label: {row["tokens"]: [row[name]] for row in rows} for name, label in lines.items()}},
+            "tokens of context, facts in the first half", "accuracy")
     for row in rows:
         name = f"{row['tokens'] // trained}x" if len(tasks) == 1 else row["task"]
         summary |= {f"{bank}_{name}": row[bank] for bank in ("memory", "wiped", "swapped")}
