@@ -999,10 +999,11 @@ def parse_flags(config_class, description, argv=None):
                                 metavar=f.name.upper() if not f.metadata["choices"] else None)
     config = config_class(**vars(parser.parse_args(argv)))
     for f in fields(config_class):
-        if limits := f.metadata["limits"]:
-            if not limits[0] <= getattr(config, f.name) <= limits[1]:
-                die(f"--{f.name}={getattr(config, f.name)}: it must be a number from "
-                    f"{limits[0]:g} to {limits[1]:g}")
+        value, limits = getattr(config, f.name), f.metadata["limits"]
+        if isinstance(value, list):  # how argparse reads --name=--
+            die(f"--{f.name}: expected one argument")
+        if limits and not limits[0] <= value <= limits[1]:
+            die(f"--{f.name}={value}: it must be a number from {limits[0]:g} to {limits[1]:g}")
     return config
 
 

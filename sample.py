@@ -196,7 +196,8 @@ class Recorder:
         self.source = [torch.zeros(slots, 0) for _ in self.blocks]
 
     def watch(self):
-        self.found = [{} for _ in self.blocks]
+        self.found = [{} for _ in self.blocks]      # what each block did last
+        self.done = [deque() for _ in self.blocks]  # and its segments that others have yet to see
         self.hooks = [self.model.embedding.register_forward_hook(self.saw_tokens)]
         for i, block in enumerate(self.blocks):
             self.hooks += [block.read.register_forward_hook(self.saw_read(i)),
@@ -207,50 +208,44 @@ class Recorder:
                            for name, gate in gates.items() if gate]
 
     def saw_tokens(self, module, args, output):
-        self.tokens = args[0][0]
+        self.tokens = args[0][0].tolist()
 
     def saw_gate(self, i, name):
-        def hook(module, args, output):  # the write's gates see the segments one by one
-            self.found[i].setdefault(name, []).append(output.mean(-1).float().cpu())
-        return hook
-
-    def saw_write(self, i):
-        def hook(module, args, output):
-            (before, after), found = output, self.found[i]
-            found["before"] = normed(before[0])                                     # (S, N, d)
-            found["after"] = normed(torch.cat((before[0, 1:], after)))
-            attention = module.attention(*module.prepare(args[0][0]), found["before"])[..., :-1]
-            for name in ("input", "forget"):  # a gate that is switched off is wide open
-                found[name] = torch.cat(found.get(name, [torch.ones(attention.shape[:2])]))
-            found["write"] = attention.float().cpu() * found["input"][..., None]    # (S, N, T)
+        def hook(module, args, output):  # its mean, of each token or each slot
+            self.found[i][name] = output[0].mean(-1).float().cpu()
         return hook
 
     def saw_read(self, i):
         def hook(module, args, output):
-            found = self.found[i]
-            if "write" not in found:  # generation goes on in a segment: no bank was written
-                return found.clear()
-            found["read"] = module.attention(args[0], found.pop("before")).float().cpu()
-            found["again"] = module.attention(args[0], found.pop("after")).float().cpu()
-            found["joined"] = output.norm(dim=-1).float().cpu()                     # (S, T)
-            found["output"] = torch.cat(found.get("output", [torch.ones(output.shape[:2])]))
-            if i == len(self.blocks) - 1:
-                self.end_segments()
+            self.found[i] |= {"x": args[0], "joined": output[0].norm(dim=-1).float().cpu()}
         return hook
 
-    def end_segments(self):
-        found, self.found = self.found, [{} for _ in self.blocks]
-        segments = len(found[0]["read"])
-        for s, tokens in enumerate(self.tokens.view(segments, -1).tolist()):
-            segment = {name: [block[name][s] for block in found] for name in found[0]}
-            self.count += 1
-            self.segments.append({"number": self.count, "tokens": tokens} | segment)
-            n_kept, n_new = len(self.text()), len(tokens)  # the oldest segment may be gone
-            self.before = [source[:, max(0, source.size(1) + n_new - n_kept):]
-                           for source in self.source]
-            self.source = [torch.cat((source * forget[:, None], write), dim=1) for
-                           source, forget, write in zip(self.before, segment["forget"],
-                                                        segment["write"])]
+    def saw_write(self, i):
+        def hook(module, args, new):
+            x, (y, bank), read = self.found[i]["x"], args, self.blocks[i].read
+            attention = module.attention(normed(y), bank)[0].float().cpu()          # (N, T)
+            found = {"input": torch.ones(bank.size(1)), "forget": torch.ones(bank.size(1)),
+                     "output": torch.ones(x.size(1))} | self.found[i]
+            self.done[i].append({name: found[name] for name in ("joined", "input", "forget",
+                                                                "output")} | {
+                "read": read.attention(x, normed(bank))[0].float().cpu(),
+                "again": read.attention(x, normed(new))[0].float().cpu(),
+                "write": attention * found["input"][:, None]})
+            if i == len(self.blocks) - 1:
+                self.end_segment([done.popleft() for done in self.done])
+        return hook
+
+    def end_segment(self, found):
+        self.count += 1
+        n_new = len(found[0]["joined"])
+        self.segments.append({"number": self.count, "tokens": self.tokens[:n_new]}
+                             | {name: [block[name] for block in found] for name in found[0]})
+        del self.tokens[:n_new]
+        n_kept = len(self.text())  # the oldest segment may be gone
+        self.before = [source[:, max(0, source.size(1) + n_new - n_kept):]
+                       for source in self.source]
+        self.source = [torch.cat((source * block["forget"][:, None], block["write"]), dim=1)
+                       for source, block in zip(self.before, found)]
 
     def text(self):
         """Tokens of the segments kept, in the order of the columns of `source`."""
