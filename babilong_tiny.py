@@ -853,6 +853,40 @@ def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0):
     return list(cells.values())
 
 
+def proof_table(model, encoding, tasks, lengths, noise, seed=0):
+    """Print and return the proof: answers with the bank, with it wiped and with one swapped.
+
+    The facts lie in the first half of the context. lengths is {tokens: number of samples}; stories
+    that do not fit there are left out. Rows are dictionaries, one for each task and length.
+    """
+    print("\nThe proof: facts in the first half of the context only, question in the last segment")
+    columns = ("task", "tokens", "samples", "memory", "wiped", "swapped", "chance",
+               "best constant", "last mentioned")
+    widths, table = [max(8, len(name) + 2) for name in columns], []
+    print("".join(f"{name:>{width}}" for name, width in zip(columns, widths)))
+    for task in tasks:
+        rng = random.Random(f"proof {seed}")
+        samples = [make_sample(task, rng) for _ in range(max(lengths.values()))]
+        for length, count in lengths.items():
+            rng, fit = random.Random(f"proof {seed} {length}"), []
+            for sample in samples[:count]:
+                with contextlib.suppress(ValueError):
+                    fit.append((sample, to_tokens(sample, encoding, length, noise, rng, (0, 0.5))))
+            right = Counter()
+            size = 49 if len(fit) % 50 == 1 else 50  # one alone has nobody to swap banks with
+            for i in range(0, len(fit), size):
+                found = answered_by_bank(model, *stack([pair for _, pair in fit[i:i + size]]))
+                right.update({bank: int(hit.sum()) for bank, hit in found.items()})
+            row = {"task": task, "tokens": length, "samples": len(fit)} | {
+                bank: right[bank] / len(fit) if fit else math.nan
+                for bank in ("memory", "wiped", "swapped")}
+            table.append(row | shortcuts(task, [sample for sample, _ in fit]))
+            cells = ["-" if v != v else f"{v:.3f}" if isinstance(v, float) else str(v)
+                     for v in table[-1].values()]
+            print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)), flush=True)
+    return table
+
+
 # --------------------------------------------------------------------------------------------
 # Flags: the fields of a dataclass are the flags of a script
 

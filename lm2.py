@@ -5,14 +5,10 @@ only. What must cross a segment border goes through memory banks: every block re
 cross-attention, and after the segment updates it through LSTM-like gates. (The local mixer, for
 its part, carries the last few token embeddings over the border.)
 
-What is here
-    decoder      RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, tied head
-    memory       read with an output gate, write with an input and a forget gate, in the first
-                 `memory_layers` blocks; each gate has a switch
-    rivals       memory="rmt", the Recurrent Memory Transformer; memory="none", the decoder alone
-    local mixer  an optional short causal convolution over the token embeddings
-    around it    Muon and optimizer groups, generation with a key/value cache, loading a checkpoint
-What is not here: dropout, pretrained weights; several processes (train.py has them).
+Here are the decoder (RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, tied
+head), the memory with a switch for each gate, the rivals memory="rmt" (Recurrent Memory
+Transformer) and memory="none", a local mixer (a short causal convolution over the embeddings),
+generation, Muon and loading. Not here: dropout, pretrained weights, several processes.
 
 Glossary (B batch, S segments, T tokens of a segment, N memory slots, d width, V vocabulary)
     in the code     in the paper     shape      what it is
@@ -74,9 +70,8 @@ class LM2Config:
             "n_layer": (1, 1000), "block_size": (1, 2**24), "memory_slots": (1, 2**16),
             "conv": (0, 2**31), "memory_layers": (-1, self.n_layer)}
         for name, (least, most) in limits.items():
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be from {least} to "
-                                 f"{most}")
+            if not least <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"{name} is {value}; it must be from {least} to {most}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head "
                              f"({2 * self.n_head}): rotary positions turn pairs of each head's "
@@ -476,17 +471,14 @@ class LM2(nn.Module):
         x, tail = self.embedding(tokens), memory.tail
         if self.mixer:
             x, tail = self.mixer(x, tail)
-        banks = list(memory.banks.unbind(1))
+        banks = [*memory.banks.unbind(1)] + [None] * (len(self.blocks) - self.n_banks)
         if self.memory_tokens:
             x, banks[0] = self.memory_tokens(x, banks[0], self.blocks, cache)
-            return x, Memory(banks[0][:, None], tail)
-        x = x.reshape(-1, min(T, self.config.block_size), x.size(-1))       # (B * S, T, d)
-        for i, block in enumerate(self.blocks):
-            bank = banks[i] if block.read else None
-            x, bank = block(x, bank, cache[i] if cache else None)
-            if block.read:
-                banks[i] = bank
-        banks = torch.stack(banks, dim=1) if banks else memory.banks
+        else:
+            x = x.reshape(-1, min(T, self.config.block_size), x.size(-1))       # (B * S, T, d)
+            for i, block in enumerate(self.blocks):
+                x, banks[i] = block(x, banks[i], cache[i] if cache else None)
+        banks = torch.stack(banks[:self.n_banks], dim=1) if self.n_banks else memory.banks
         return x.reshape(B, T, -1), Memory(banks, tail)
 
     def read(self, tokens, memory=None, last=None):

@@ -95,7 +95,7 @@ class Flags:
 
 
 # flags that change nothing in what is learned, or its end alone: a resumed run may have others
-FREE = {"resume", "out", "device", "steps", "compile", "log_every", "save_every", "eval_samples",
+FREE = {"resume", "out", "device", "steps", "log_every", "save_every", "eval_samples",
         "eval_times", "babi_dir", "bench", "compare", "seeds", "lengths", "samples"}
 DIVERGED = 3  # exit status of a run whose loss is no longer a number
 
@@ -733,6 +733,50 @@ def order_batch(step):
     return maker.submit(prepare, step, dict(state["stage"]), dict(state["running"]))
 
 
+def move_on(task, accuracy, share_of_rows):
+    """Note a task's accuracy in this step; let it go on to longer contexts when it is ready."""
+    # a mean of about the last 33 steps, of a mixture's more as it has fewer of the rows
+    weight = min(0.1, 0.03 * len(tasks) * share_of_rows)
+    state["running"][task] += weight * (accuracy - state["running"][task])
+    stage, chance = state["stage"][task], 1 / babi.TASKS[task].n_answers
+    bar = flags.threshold * (1 - state["step"] / flags.steps / 3)  # a hard task moves on at last
+    if state["running"][task] - chance > bar * (1 - chance) and stage < flags.segments:
+        state["stage"][task] = min(flags.segments, stage + max(1, stage // 2))
+        state["running"][task] = 0.0
+
+
+def log(seconds):
+    """Write a row of the log on what happened since the last; returns the line to print."""
+    state["seconds"] += seconds
+    openness = {gate: sum(map(float, means)) / len(means) if means else math.nan
+                for gate, means in gates.items()}
+    accuracy = {task: right[task] / asked[task] if asked[task] else math.nan for task in tasks}
+    row = {"step": state["step"], "loss": statistics.mean(losses),
+           "accuracy": "" if flags.data else right.total() / asked.total(),
+           "tokens_per_second": n_tokens / seconds, "seconds": state["seconds"]}
+    row |= {f"{gate}_gate": mean for gate, mean in openness.items()}
+    if flags.data:
+        row["bits_per_byte"] = text_loss()[1]
+    row |= accuracy | {f"{task}_stage": stage for task, stage in state["stage"].items()}
+    try:
+        with open(log_path, "a", newline="") as file:
+            csv.DictWriter(file, columns).writerow(
+                {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    except OSError as error:
+        die_to_resume(log_path, error.strerror)
+    left = round((flags.steps - state["step"]) * state["seconds"] / state["step"])
+    learned = f"{row['bits_per_byte']:.3f} bits/byte held out" if flags.data else \
+        f"up to {max(state['stage'].values())} segments | accuracy {row['accuracy']:.3f}"
+    shown = " ".join(f"{gate} {mean:.2f}" for gate, mean in openness.items() if mean == mean)
+    said = (f"step {state['step']:5d}/{flags.steps} | {learned} | loss {row['loss']:.3f} | "
+            f"{row['tokens_per_second'] / 1000:.0f}k tokens/s | gates {shown} | "
+            f"{left // 60}:{left % 60:02} left")
+    if len(tasks) > 1:
+        said += "\n    stage and accuracy: " + " ".join(
+            f"{task} {state['stage'][task]}:{value:.2f}" for task, value in accuracy.items())
+    return said
+
+
 coming = order_batch(state["step"])
 
 while state["step"] < flags.steps and not stopped:
@@ -765,17 +809,9 @@ while state["step"] < flags.steps and not stopped:
         sys.exit(DIVERGED)
     asked += asked_in
     for task, n_right in zip(tasks, counts):
+        right[task] += n_right
         if asked_in[task]:
-            right[task] += n_right
-            # a mean of about the last 33 steps, of a mixture's more as it has fewer of the rows
-            share = min(0.1, 0.03 * len(tasks) * rows_in[task] / rows_in.total())
-            state["running"][task] += share * (n_right / asked_in[task] - state["running"][task])
-            stage, chance = state["stage"][task], 1 / babi.TASKS[task].n_answers
-            bar = flags.threshold * (1 - step / flags.steps / 3)  # a hard task moves on at last
-            if (state["running"][task] - chance > bar * (1 - chance)
-                    and stage < flags.segments):
-                state["stage"][task] = min(flags.segments, stage + max(1, stage // 2))
-                state["running"][task] = 0.0
+            move_on(task, n_right / asked_in[task], rows_in[task] / rows_in.total())
     coming = order_batch(step + 1)
 
     loss.backward()
@@ -787,37 +823,7 @@ while state["step"] < flags.steps and not stopped:
 
     last, said = state["step"] == flags.steps or stopped, ""
     if state["step"] % flags.log_every == 0 or last:
-        seconds = time.time() - clock
-        state["seconds"] += seconds
-        openness = {gate: sum(map(float, means)) / len(means) if means else math.nan
-                    for gate, means in gates.items()}
-        accuracy = {task: right[task] / asked[task] if asked[task] else math.nan for task in tasks}
-        row = {"step": state["step"], "loss": sum(losses) / len(losses),
-               "accuracy": "" if flags.data else right.total() / asked.total(),
-               "tokens_per_second": n_tokens / seconds, "seconds": state["seconds"]}
-        row |= {f"{gate}_gate": mean for gate, mean in openness.items()}
-        if flags.data:
-            row["bits_per_byte"] = text_loss()[1]
-        else:
-            row |= accuracy | {f"{task}_stage": stage for task, stage in state["stage"].items()}
-        try:
-            with open(log_path, "a", newline="") as file:
-                csv.DictWriter(file, columns).writerow(
-                    {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-        except OSError as error:
-            die_to_resume(log_path, error.strerror)
-        left = round((flags.steps - state["step"]) * state["seconds"] / state["step"])
-        said = (f"step {row['step']:5d}/{flags.steps}"
-                + (f" | {row['bits_per_byte']:.3f} bits/byte held out" if flags.data else
-                   f" | up to {max(state['stage'].values())} segments"
-                   f" | accuracy {row['accuracy']:.3f}")
-                + f" | loss {row['loss']:.3f} | {row['tokens_per_second'] / 1000:.0f}k tokens/s"
-                + " | gates " + " ".join(f"{gate} {mean:.2f}" for gate, mean in openness.items()
-                                          if mean == mean)
-                + f" | {left // 60}:{left % 60:02} left")
-        if len(tasks) > 1:
-            said += "\n    stage and accuracy: " + " ".join(
-                f"{task} {state['stage'][task]}:{value:.2f}" for task, value in accuracy.items())
+        said = log(time.time() - clock)
         losses, right, asked, n_tokens, clock = [], Counter(), Counter(), 0, time.time()
         for means in gates.values():
             means.clear()
@@ -846,52 +852,16 @@ if flags.data:
     summary |= {"held_out_loss": round(nats, 4), "bits_per_byte": round(bits, 4)}
 
 
-def proof_row(task, samples, length):
-    """{column: number} for one context length; stories that do not fit there are left out."""
-    rng = random.Random(f"proof {flags.seed} {length}")
-    fit, pairs = [], []
-    for sample in samples:
-        try:
-            pairs.append(babi.to_tokens(sample, encoding, length, proof_noise, rng, (0.0, 0.5)))
-            fit.append(sample)
-        except ValueError:
-            pass
-    right = {"memory": [], "wiped": [], "swapped": []}
-    rows = 49 if len(pairs) % 50 == 1 else 50  # a batch of one has nobody to swap banks with
-    for i in range(0, len(pairs), rows):
-        found = babi.answered_by_bank(model, *babi.stack(pairs[i:i + rows]))
-        for name, hit in found.items():
-            right[name] += hit.tolist()
-    return ({"tokens": length, "samples": len(fit)}
-            | {name: sum(hit) / len(hit) if hit else math.nan for name, hit in right.items()}
-            | babi.shortcuts(task, fit))
-
-
-def show(title, rows):
-    """Print rows (dictionaries with the same keys) as a table."""
-    print(f"\n{title}")
-    widths = [max(8, len(name) + 2) for name in rows[0]]
-    print("".join(f"{name:>{width}}" for name, width in zip(rows[0], widths)))
-    for row in rows:
-        cells = ["-" if v != v else f"{v:.3f}" if isinstance(v, float) else str(v)
-                 for v in row.values()]
-        print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)), flush=True)
-
-
 if tasks and flags.eval_times:
     # built-in noise is of another seed, a book never trained on; given texts are the same
     proof_noise = babi.load_noise(flags.noise, encoding, f"proof {flags.seed}")
     trained = flags.segments * flags.block_size
-    clock, rows = time.time(), []
+    clock = time.time()
     # times the trained length: number of samples
-    sizes = {1: None, 2: 200, 4: 100, 16: 50, 64: 20} if len(tasks) == 1 else {1: 100}
-    for task in tasks:
-        rng = random.Random(f"proof {flags.seed}")
-        made = [babi.make_sample(task, rng) for _ in range(flags.eval_samples)]
-        rows += [{"task": task} | proof_row(task, made[:count], trained * times)
-                 for times, count in sizes.items() if times <= flags.eval_times]
-    show("The proof: facts in the first half of the context only, question in the last segment",
-         rows)
+    counts = {1: flags.eval_samples, 2: 200, 4: 100, 16: 50, 64: 20} if len(tasks) == 1 else {1: 100}
+    lengths = {trained * times: min(count, flags.eval_samples) for times, count in counts.items()
+               if times <= flags.eval_times}
+    rows = babi.proof_table(model, encoding, tasks, lengths, proof_noise, flags.seed)
     if len(tasks) == 1:
         lines = {"memory": "LM2 with its memory", "wiped": "bank wiped at every segment",
                  "swapped": "bank of another story", "chance": "chance"}
