@@ -448,29 +448,27 @@ def text_loss(most=200):
 
 
 def prepare(step, stages, running):
-    """The batch of a step, made ahead in a thread: this process's share of it, and what it is for.
+    """The batch of a step, made ahead in a thread. First this process's share of its rows:
 
-    tokens (b, T); the n positions `at` (n,) among its b * T that are scored, with what to say
-    there, `answers` (n,), their `weights` (n,) in the loss, and the task that each belongs to if it
-    begins an answer, else -1 (`task_of`). Of all processes' rows: the sum of `weights`, the number
-    of tokens, and Counters of rows and of answers asked, by task.
+    tokens (b, T); of its b * T positions the n scored ones, `at`, what to say there, `answers`, and
+    their `weights` in the loss; which of these n begin an answer, `first`, and the task of each of
+    those, `task_of`. Then, of all rows: the sum of weights, the number of tokens, and how many rows
+    and how many answers each task has, as Counters.
     """
     tokens, targets, names = (text_batch if flags.data else story_batch)(step, stages, running)
-    scored = targets >= 0
+    scored, rows, asked = targets >= 0, slice(rank, None, world), Counter()
+    begins = scored & (targets.roll(1, dims=1) < 0)
+    for name, count in zip(names, begins.sum(1).tolist()):
+        asked[name] += count
     # tasks differ in how many questions a story allows: in a mixture each of a row's n targets
     # weighs n ** -0.5, or the tasks with many would have nearly all of the gradient
     power = 0.5 if len(tasks) > 1 else 0.0
     weights = scored * scored.sum(1, keepdim=True).clamp(min=1) ** -power
-    begins = scored & (targets.roll(1, dims=1) < 0)
-    task_of = torch.tensor([tasks.index(name) for name in names] or [0])[:, None]
-    task_of = task_of.expand_as(targets).masked_fill(~begins, -1)
-    asked = Counter()
-    for name, count in zip(names, begins.sum(1).tolist()):
-        asked[name] += count
-    mine = scored[rank::world]
-    share = {"tokens": tokens[rank::world], "at": mine.flatten().nonzero()[:, 0],
-             "answers": targets[rank::world][mine], "weights": weights[rank::world][mine],
-             "task_of": task_of[rank::world][mine]}
+    mine, task_of = scored[rows], torch.tensor([tasks.index(name) for name in names]).long()
+    share = {"tokens": tokens[rows], "at": mine.flatten().nonzero()[:, 0],
+             "answers": targets[rows][mine], "weights": weights[rows][mine],
+             "first": begins[rows][mine].nonzero()[:, 0],
+             "task_of": task_of[rows][begins[rows].nonzero()[:, 0]]}
     return share, weights.sum().item(), tokens.numel(), Counter(names), asked
 
 
@@ -783,10 +781,7 @@ while state["step"] < flags.steps and not stopped:
     step = state["step"]
     batch, total, count, rows_in, asked_in = coming.result()
     n_tokens += count
-    task_of = batch.pop("task_of")
-    first = (task_of >= 0).nonzero()[:, 0]  # of the scored positions, those that begin an answer
-    tokens, at, answers, weights, first, task_of = (
-        x.to(device) for x in (*batch.values(), first, task_of[first]))
+    tokens, at, answers, weights, first, task_of = (x.to(device) for x in batch.values())
     for optimizer, base in zip(optimizers, rates):
         for group, lr in zip(optimizer.param_groups, base):
             group["lr"] = lr * rate(step)
