@@ -708,8 +708,9 @@ def answered_by_bank(model, tokens, targets):
     """
     border = (tokens.size(1) - 1) // model.config.block_size * model.config.block_size
     tokens, targets = tokens.to(model.device), targets[:, border:]
-    memory = model(tokens[:, :border], last=1)[2] if border else model.fresh_memory(len(tokens))
-    banks = {"memory": memory.banks, "wiped": model.fresh_memory(len(tokens)).banks,
+    fresh = model.fresh_memory(len(tokens))
+    memory = model.read(tokens[:, :border], last=1)[1] if border else fresh
+    banks = {"memory": memory.banks, "wiped": fresh.banks,
              "swapped": memory.banks.roll(1, dims=0)}
     return {name: hits(model(tokens[:, border:], memory=memory._replace(banks=bank))[0].cpu(),
                        targets) for name, bank in banks.items()}
@@ -873,7 +874,7 @@ def proof_table(model, encoding, tasks, lengths, noise, seed=0):
                 with contextlib.suppress(ValueError):
                     fit.append((sample, to_tokens(sample, encoding, length, noise, rng, (0, 0.5))))
             right = Counter()
-            size = 49 if len(fit) % 50 == 1 else 50  # one alone has nobody to swap banks with
+            size = 50 + (len(fit) % 50 == 1)  # one alone has nobody to swap banks with
             for i in range(0, len(fit), size):
                 found = answered_by_bank(model, *stack([pair for _, pair in fit[i:i + size]]))
                 right.update({bank: int(hit.sum()) for bank, hit in found.items()})
@@ -1121,10 +1122,8 @@ class Flags:
 
 def load_babi(folder, task):
     """All samples of the real file of `task` in `folder`; one clear line if that cannot be."""
-    try:
+    with or_die("--babi_dir: "):
         return read_babi(find_babi(folder, task))
-    except (OSError, ValueError) as error:
-        die(f"--babi_dir: {error}")
 
 
 def test_samples(tasks, count, folder="", seed=0):
@@ -1148,10 +1147,8 @@ def book_names(names):
 def load_noise(names, encoding, seed):
     """The noise that `--noise=a.txt,b.txt` names, the built-in one without names; or one line."""
     books = book_names(names)
-    try:
+    with or_die("--noise: "):
         return book_noise(encoding, books) if books else make_noise(encoding, seed)
-    except (OSError, ValueError) as error:
-        die(f"--noise: {error}")
 
 
 def print_samples(flags):
@@ -1221,15 +1218,11 @@ def print_scores(flags):
     samples = test_samples(tasks, max(flags.samples), flags.babi_dir, flags.seed)
     print(f"{flags.ckpt}: stories {flags.babi_dir or 'generated'}, "
           f"noise {flags.noise or 'built in'}, seed {flags.seed}")
-    try:
+    with or_die("--lengths: "):
         cells = score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise,
                             flags.seed, flags.retrieve)
-    except ValueError as error:
-        die(f"--lengths: {error}")
-    try:
+    with or_die(f"--csv={path}: cannot write there: "):
         write_csv(path, cells, cells[0])
-    except OSError as error:
-        die(f"--csv={path}: cannot write there ({error.strerror})")
     print(f"written to {path}")
 
 

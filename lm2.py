@@ -188,7 +188,7 @@ class LocalMixer(nn.Module):
         """x (B, T, d), tail (B, width - 1, d) what stood before it -> (B, T, d), the new tail."""
         x = torch.cat((tail, x), dim=1)                                 # (B, width - 1 + T, d)
         mixed = F.conv1d(x.transpose(1, 2), self.weight, groups=x.size(-1)).transpose(1, 2)
-        return mixed, x[:, x.size(1) - tail.size(1):]
+        return mixed.type_as(x), x[:, x.size(1) - tail.size(1):]
 
 
 # --------------------------------------------------------------------------------------------
@@ -386,15 +386,16 @@ class Block(nn.Module):
         e = normed(x)
         x = x + self.attention(e, cache, mask)         # E_attn: the original path, untouched
         if not self.write or cache is not None:
-            return self.rest(x, e, bank), bank
-        outputs, rows = [], (len(bank), -1)
-        for x, e in zip(x.unflatten(0, rows).unbind(1), e.unflatten(0, rows).unbind(1)):
-            outputs.append(self.rest(x, e, bank))
+            return self.after_attention(x, e, bank), bank
+        outputs = []
+        segments = (part.unflatten(0, (len(bank), -1)).unbind(1) for part in (x, e))
+        for x, e in zip(*segments):                    # (B, T, d) each
+            outputs.append(self.after_attention(x, e, bank))
             bank = self.write(outputs[-1], bank)
         return torch.stack(outputs, dim=1).flatten(0, 1), bank
 
-    def rest(self, x, e, bank):
-        """What comes after attention, in one segment if there is a bank: x, e (B, T, d)."""
+    def after_attention(self, x, e, bank):
+        """The rest of the block, for one segment if there is a bank: x, e (B, T, d)."""
         if self.read:
             x = x + self.read(e, bank)                 # E_next = E_attn + gated memory
         return x + self.feed_forward(normed(x))
@@ -455,14 +456,15 @@ class LM2(nn.Module):
         return self.embedding.weight.device
 
     def fresh_memory(self, batch_size):
-        """The `Memory` of a new document: every slot its one-hot row, no token before the first."""
+        """The `Memory` of a new document: every slot its row of eye(N, d), no token before it."""
         tail = self.start.new_zeros(batch_size, max(self.config.conv - 1, 0), self.config.n_embd)
         return Memory(self.start.expand(batch_size, self.n_banks, -1, -1), tail)
 
     def run(self, tokens, memory, cache=None):
         """All blocks. Whole segments, whose banks are written, or a part of one, with a cache.
 
-        tokens (B, S * block_size), or (B, T <= block_size) of one segment that ends with them.
+        tokens (B, S * block_size), or (B, T <= block_size) of one segment that ends with them; with
+        memory="rmt" S is 1.
         With a cache, a list with a dictionary for each block, tokens (B, T) go on in a segment
         and no bank is written: empty ones at the segment's start, then one token at a time.
         Returns hidden states (B, tokens, d) and the memory.
@@ -492,7 +494,8 @@ class LM2(nn.Module):
         B, T = tokens.shape
         first, size, start, hidden = T - min(last or T, T), self.config.block_size, 0, []
         memory = self.fresh_memory(B) if memory is None else memory
-        many = 1 if self.memory_tokens else max(1, 2**13 // (B * size))     # segments at once
+        # segments at once: for large matrix products, and for bounded working memory
+        many = 1 if self.memory_tokens else max(1, 2**13 // (B * size))
         while start < T:
             length = min(many, (T - start) // size) * size or T - start
             output, memory = self.run(tokens[:, start:start + length], memory)
@@ -571,7 +574,7 @@ class LM2(nn.Module):
         checkpoint = load_checkpoint(path)
         try:
             config, weights = LM2Config(**checkpoint["config"]), checkpoint["model"]
-            with torch.device("meta"):  # a forged size is found before it takes any memory
+            with torch.device("meta"):  # a forged width or depth is found before it takes memory
                 LM2(config).load_state_dict(weights, assign=True)
             model = LM2(config)
             model.load_state_dict(weights)

@@ -78,7 +78,7 @@ class Reader:
         full = len(self.rest) // size * size
         if full:
             segments = torch.tensor([self.rest[:full]], device=self.model.device)
-            self.memory = self.model(segments, memory=self.memory, last=1)[2]
+            self.memory = self.model.read(segments, self.memory, last=1)[1]
             del self.rest[:full]
 
     def generate(self, tokens, *args, **kwargs):
@@ -608,11 +608,12 @@ def chat(reader, encoding, tasks, clean, recorder):
                 reader = Reader(reader.model)
                 recorder.forget()
             elif command == "/load":
-                before = reader.memory, list(reader.rest), reader.count
+                before = Reader(reader.model, reader.memory, reader.rest, reader.count)
                 try:
                     print(read_stream(reader, encoding, rest.strip(), clean))
                 except (OSError, ValueError) as error:
-                    reader.memory, reader.rest, reader.count = before
+                    reader = before
+                    recorder.forget()
                     reason = getattr(error, "strerror", None) or "not a text in UTF-8"
                     print(f"error: {rest.strip()}: {reason}")
             elif command.startswith("/"):

@@ -1175,6 +1175,7 @@ def test_a_comparison_trains_every_arm_once_and_goes_on_where_it_was(tmp_path, m
     assert again[again.index("\nqa1, accuracy"):] == first[first.index("\nqa1, accuracy"):]
     other = [flag for flag in out if not flag.startswith("--steps")]
     assert "--steps=3, not 9" in refused(*other, "--steps=9")
+    assert "--lr=0.002, not 0.005" in refused(*out, "--lr=0.005")
 
 
 def test_texts_are_compared_at_equal_parameters_too(tmp_path, monkeypatch):
@@ -1198,7 +1199,7 @@ def test_a_comparison_names_arms_that_diverged_and_shows_its_table_when_stopped(
         return head(self, x) * (math.nan if self.config.memory == "rmt" else 1.0)
 
     def stopped_at_vanilla(command):
-        return subprocess.CompletedProcess(command, -2) if "--memory=none" in command \
+        return subprocess.CompletedProcess(command, 130) if "--memory=none" in command \
             else call_command(command)
 
     monkeypatch.setattr(LM2, "head", broken)

@@ -59,7 +59,7 @@ class Flags:
     input_gate: bool = flag(True, "gate what is written")
     forget_gate: bool = flag(True, "gate what is kept")
     address: bool = flag(True, "give every slot a learned name")
-    full_window: bool = flag(False, "with --memory=none: attention over all --segments at once")
+    full_window: bool = flag(False, "with --memory=none: attention over all segments at once")
     # training
     steps: int = flag(3000, "training steps", 1)
     batch_size: int = flag(32, "samples in a step while contexts are short", 1)
@@ -80,7 +80,7 @@ class Flags:
     log_every: int = flag(50, "steps between log lines", 1)
     save_every: int = flag(500, "steps between checkpoints", 1)
     # the proof
-    eval_samples: int = flag(500, "samples in a row of the proof table (fewer where it says so)", 2)
+    eval_samples: int = flag(500, "most samples in a row of the proof table", 2)
     eval_times: int = flag(16, "longest row of the proof, in longest contexts; 0 for no proof", 0)
     babi_dir: str = flag("", "folder of real bAbI files to test on as well; never trained on")
     # comparisons and the benchmark
@@ -121,7 +121,8 @@ if flags.resume:
     flags = parse_flags(Flags, __doc__, argv)
     for f in fields(Flags):
         now, then = getattr(flags, f.name), getattr(saved, f.name)
-        if now != then and f.name not in FREE:
+        moved = f.name in ("data", "noise") and now and then  # its content is looked at below
+        if now != then and f.name not in FREE and not moved:
             die(f"--{f.name}={now} differs from the run in {flags.out} ({then}); leave it away to "
                 "resume, or choose another --out")
 
@@ -136,13 +137,13 @@ if flags.data and (books or flags.babi_dir or flags.task != Flags.task):
 with or_die():
     device = babi.find_device(flags.device)
     tasks = () if flags.data else babi.parse_tasks(flags.task)
-    real = {task: babi.load_babi(flags.babi_dir, task) for task in tasks if flags.babi_dir}
+    real = babi.test_samples(tasks, 0, flags.babi_dir) if flags.babi_dir else {}
 text, texts = "", 0  # and a number that tells texts apart: a resumed run must have the same
 with or_die(f"--data={flags.data}: " if flags.data else "--noise: "):
     if flags.data:
         with open(flags.data, encoding="utf-8") as file:
             text = file.read()
-    for path in books or [flags.data] * bool(flags.data):
+    for path in [flags.data] if flags.data else books:
         with open(path, "rb") as file:
             for line in file:
                 texts = zlib.crc32(line, texts)
@@ -162,6 +163,8 @@ with or_die("this model cannot be built: "):
 
 device_type = device.split(":")[0]
 if world > 1:
+    if world > flags.batch_size:
+        die(f"torchrun: {world} processes need a --batch_size of at least as much")
     if device_type == "mps" or device_type == "cuda" and torch.cuda.device_count() < world:
         die(f"torchrun: {world} processes need as many CUDA devices, or --device=cpu")
     if device_type == "cuda":
@@ -170,7 +173,7 @@ if world > 1:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     except (ValueError, RuntimeError):
         die("WORLD_SIZE is set, but the processes do not find each other; begin them with torchrun")
-if ":" in device:
+if device.startswith("cuda:"):
     torch.cuda.set_device(device)
 # bfloat16 where a GPU computes in it, float32 elsewhere
 native = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -228,7 +231,8 @@ def compare():
         if not least <= min(n or least for n in flags.lengths):
             die(f"--lengths: the shortest sample of {task} has {least} tokens (0 = no noise)")
     cells, lost = [], []
-    jobs = list(itertools.product(dict.fromkeys(flags.seeds), arms().items()))
+    models = arms()
+    jobs = list(itertools.product(dict.fromkeys(flags.seeds), models.items()))
     try:
         for number, (seed, (name, changes)) in enumerate(jobs, 1):
             print(f"\n[{number}/{len(jobs)}] {name}, seed {seed}", flush=True)
@@ -237,7 +241,7 @@ def compare():
                                           out=out, **changes))
             cells += found
             lost += [] if found else [f"{name}, seed {seed}"]
-            if number % len(arms()) == 0:
+            if number % len(models) == 0:
                 report(cells, lost)
     except KeyboardInterrupt:
         report(cells, lost)
@@ -250,7 +254,7 @@ def call(script, *arguments):
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
     code = subprocess.run([sys.executable, script, *arguments]).returncode
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if code < 0:
+    if code < 0 or code == 130:  # killed, or stopped by Ctrl-C
         raise KeyboardInterrupt
     return code
 
@@ -261,11 +265,14 @@ def run_arm(name, arm):
     There are none if its loss was no longer a number.
     """
     ckpt = os.path.join(arm.out, "ckpt.pt")
-    if os.path.exists(ckpt):  # begun earlier; a run of other flags is refused there
+    if os.path.exists(ckpt):  # begun earlier
         arm.resume, saved = True, load_checkpoint(ckpt)["train"]
-        if saved["flags"]["steps"] != arm.steps:
-            die(f"{arm.out} was trained with --steps={saved['flags']['steps']}, not {arm.steps}; "
-                "choose another --out")
+        for key, value in asdict(arm).items():
+            if key not in FREE - {"steps"} and saved["flags"].get(key) != value:
+                die(f"{arm.out} was trained with --{key}={saved['flags'].get(key)}, not {value}; "
+                    "choose another --out")
+        if saved["text"] != texts:
+            die(f"{arm.out} was trained on another text; choose another --out")
     if not arm.resume or saved["step"] < arm.steps:
         code = call("train.py", *babi.as_flags(arm))
         if code == DIVERGED:
@@ -286,7 +293,8 @@ def run_arm(name, arm):
     about["stages"] = "/".join(str(stage) for stage in saved["stage"].values())
     cells = []
     for n_best in (0, 5) if name == "vanilla" else (0,):  # with retrieval: the paper's RAG row
-        asked = (flags.lengths, flags.samples, flags.babi_dir, flags.noise, n_best, saved["seconds"])
+        asked = (flags.lengths, flags.samples, flags.babi_dir, flags.noise, n_best,
+                 saved["seconds"])
         path = os.path.join(arm.out, f"scores-{zlib.crc32(repr(asked).encode()):08x}.csv")
         if not os.path.exists(path):
             code = call("babilong_tiny.py", *babi.as_flags(babi.Flags(
@@ -436,15 +444,12 @@ def text_batch(step, *_):
 @torch.no_grad()
 def text_loss(most=200):
     """Mean loss in nats per token and in bits per byte over windows of the held-out tail."""
-    total = n_tokens = n_bytes = 0
-    for i in list(range(split, len(ids) - window, window))[:most]:
-        piece = ids[i:i + window + 1]
+    pieces, total = ids[split:].unfold(0, window + 1, window)[:most], 0.0
+    for piece in pieces.to(device).split(rows_of(window)):
         with autocast:
-            loss = model(piece[None, :-1].to(device), piece[None, 1:].to(device))[1]
-        total += loss.item() * window
-        n_tokens += window
-        n_bytes += len(encoding.decode_bytes(piece[1:].tolist()))
-    return total / n_tokens, total / math.log(2) / n_bytes
+            total += model(piece[:, :-1], piece[:, 1:])[1].item() * len(piece)
+    n_bytes = len(encoding.decode_bytes(pieces[:, 1:].flatten().tolist()))
+    return total / len(pieces), total * window / math.log(2) / n_bytes
 
 
 def prepare(step, stages, running):
@@ -499,6 +504,7 @@ if world > 1:  # averages the gradients of all processes; in a single segment no
     compute = torch.nn.parallel.DistributedDataParallel(
         compute, broadcast_buffers=False,
         find_unused_parameters=not flags.data or flags.window == 1)
+# as the flags say: a checkpoint's optimizers bring the rates that they had last
 rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 # where the run stands; for each task, `stage` is the longest context, `running` the mean accuracy
 state = {"step": 0, "stage": dict.fromkeys(tasks, 1), "running": dict.fromkeys(tasks, 0.0),
@@ -583,11 +589,11 @@ def stopwatch(model, optimizers):
         optimizer.register_step_post_hook(stop("optimizers"))
     for block, part in itertools.product(model.blocks, ("attention", "read", "write",
                                                         "feed_forward")):
-        module = getattr(block, part)
-        module.register_forward_pre_hook(start)
-        module.register_forward_hook(stop(part))
-        module.register_full_backward_pre_hook(start)
-        module.register_full_backward_hook(stop(part))
+        if module := getattr(block, part):
+            module.register_forward_pre_hook(start)
+            module.register_forward_hook(stop(part))
+            module.register_full_backward_pre_hook(start)
+            module.register_full_backward_hook(stop(part))
     return spent
 
 
@@ -616,10 +622,10 @@ def bench_training(segments, rounds=8):
     arms, speeds = {}, {"vanilla": [], "RMT": [], "LM2": []}
     for name, memory in zip(speeds, ("none", "rmt", "lm2")):
         model, kept = LM2(replace(config, memory=memory)).to(device), {}
-        arms[name] = model, model.optimizer()
+        optimizers = model.optimizer()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            step(*arms[name])
-        arms[name] += sum(kept.values()) / 2**20,
+            step(model, optimizers)
+        arms[name] = model, optimizers, sum(kept.values()) / 2**20
     for _ in range(rounds):
         for name, arm in arms.items():
             speeds[name].append(tokens.numel() / timed(step, *arm[:2]))
@@ -743,8 +749,14 @@ def move_on(task, accuracy, share_of_rows):
         state["running"][task] = 0.0
 
 
+def end_diverged(what):
+    print(f"\nstep {state['step']}: the {what}. Stopped; the checkpoint from before, if there is "
+          "one, is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
+    sys.exit(DIVERGED)
+
+
 def log(seconds):
-    """Write a row of the log on what happened since the last; returns the line to print."""
+    """Count the seconds since the last row of the log, write another; returns the line to print."""
     state["seconds"] += seconds
     openness = {gate: sum(map(float, means)) / len(means) if means else math.nan
                 for gate, means in gates.items()}
@@ -799,9 +811,7 @@ while state["step"] < flags.steps and not stopped:
     stopped, mean_loss, *counts = sums.tolist()
     losses.append(mean_loss)
     if not math.isfinite(mean_loss):
-        print(f"\nstep {step}: the loss is {mean_loss}. Stopped; the checkpoint from before, "
-              "if there is one, is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
-        sys.exit(DIVERGED)
+        end_diverged(f"loss is {mean_loss}")
     asked += asked_in
     for task, n_right in zip(tasks, counts):
         right[task] += n_right
@@ -810,7 +820,7 @@ while state["step"] < flags.steps and not stopped:
     coming = order_batch(step + 1)
 
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -823,6 +833,8 @@ while state["step"] < flags.steps and not stopped:
         for means in gates.values():
             means.clear()
     if state["step"] % flags.save_every == 0 or last:
+        if not math.isfinite(norm):  # what it did to the weights must not be saved
+            end_diverged(f"gradient's norm is {norm.item()}")
         save()
     if said:  # after saving: who reads it may be gone
         rewritten = live and not last and "\n" not in said
@@ -853,7 +865,7 @@ if tasks and flags.eval_times:
     trained = flags.segments * flags.block_size
     clock = time.time()
     # times the trained length: number of samples
-    counts = {1: flags.eval_samples, 2: 200, 4: 100, 16: 50, 64: 20} if len(tasks) == 1 else {1: 100}
+    counts = {1: 500, 2: 200, 4: 100, 16: 50, 64: 20} if len(tasks) == 1 else {1: 100}
     lengths = {trained * times: min(count, flags.eval_samples) for times, count in counts.items()
                if times <= flags.eval_times}
     rows = babi.proof_table(model, encoding, tasks, lengths, proof_noise, flags.seed)
