@@ -95,6 +95,17 @@ def normed(x):
     return x * (square + torch.finfo(x.dtype).eps).rsqrt()
 
 
+class RMSNorm(nn.Module):
+    """`normed`, and then each channel by its learned weight."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x):
+        return normed(x) * self.weight
+
+
 def attend(q, k, or_nothing=False):
     """softmax(q k^T / sqrt(d)) with one head, as in eq. 1. q (B, Q, d), k (B, K, d) -> (B, Q, K).
 
@@ -195,9 +206,9 @@ class LocalMixer(nn.Module):
 # The memory
 
 class Gate(nn.Module):
-    """hardsigmoid(W x + b), a sigmoid of straight lines that can shut and open wholly.
+    """sigmoid(W x + b), stretched to -0.1 .. 1.1 and cut at 0 and 1: it can shut and open wholly.
 
-    A true sigmoid never does either, and what leaks at every segment drowns a fact after a few
+    A plain sigmoid never does either, and what leaks at every segment drowns a fact after a few
     hundred. With `slots`, b has a row for each of them: a slot can be a latch or a scratch pad.
     """
 
@@ -213,7 +224,8 @@ class Gate(nn.Module):
         the attention, whose rows sum to 1, as there are fewer slots than tokens.
         """
         x = self.linear(x) + self.bias
-        return F.hardsigmoid(x if attention is None else attention @ x)
+        x = torch.sigmoid(x if attention is None else attention @ x)
+        return F.hardtanh(1.2 * x - 0.1, 0.0, 1.0)
 
 
 class MemoryRead(nn.Module):
@@ -252,6 +264,7 @@ class MemoryWrite(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, slots = config.n_embd, config.memory_slots
+        self.norm = RMSNorm(d)
         self.query = nn.Linear(d, d, bias=False)
         self.key = nn.Linear(d, d, bias=False)
         self.value = nn.Linear(d, d, bias=False)
@@ -263,13 +276,13 @@ class MemoryWrite(nn.Module):
         self.rotary = Rotary(config.block_size, d, config.rope_base, first=-config.block_size)
 
     def attention(self, x, bank):
-        """How the slots attend to the tokens x (B, T, d) normed, (B, N, T); to nothing as well."""
+        """How the slots attend to the tokens x (B, T, d), normed: (B, N, T); to nothing as well."""
         keys = self.rotary(self.key(x), start=-x.size(1))
         return attend(self.query(normed(bank) + self.address), keys, or_nothing=True)
 
     def forward(self, x, bank):
         """x (B, T, d) the block's output, bank (B, N, d) -> the new bank (B, N, d)."""
-        x = normed(x)
+        x = self.norm(x)
         # A (X W_V) = (A X) W_V, and there are fewer slots than tokens
         candidate = self.value(self.attention(x, bank) @ x)                          # (B, N, d)
         seen = torch.cat((candidate, torch.tanh(bank)), dim=-1)                      # (B, N, 2d)
@@ -373,17 +386,19 @@ class Block(nn.Module):
 
     def __init__(self, config, has_memory):
         super().__init__()
+        self.attention_norm = RMSNorm(config.n_embd)
         self.attention = Attention(config)
         self.read = MemoryRead(config) if has_memory else None
-        self.write = MemoryWrite(config) if has_memory else None
+        self.feed_forward_norm = RMSNorm(config.n_embd)
         self.feed_forward = FeedForward(config)
+        self.write = MemoryWrite(config) if has_memory else None
 
     def forward(self, x, bank, cache=None, mask=None):
         """x (B * S, T, d), bank (B, N, d) before the first segment or None -> x, the bank behind.
 
         With a cache, see `Attention`, S is 1, and the bank is read but not written.
         """
-        e = normed(x)
+        e = self.attention_norm(x)
         x = x + self.attention(e, cache, mask)         # E_attn: the original path, untouched
         if not self.write or cache is not None:
             return self.after_attention(x, e, bank), bank
@@ -398,7 +413,7 @@ class Block(nn.Module):
         """The rest of the block, for one segment if there is a bank: x, e (B, T, d)."""
         if self.read:
             x = x + self.read(e, bank)                 # E_next = E_attn + gated memory
-        return x + self.feed_forward(normed(x))
+        return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class Memory(NamedTuple):
@@ -420,6 +435,7 @@ class LM2(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i < depth) for i in range(config.n_layer))
         self.memory_tokens = MemoryTokens(config) if config.memory == "rmt" else None
         self.n_banks = 1 if self.memory_tokens else depth
+        self.norm = RMSNorm(config.n_embd)
         self.register_buffer("start", torch.eye(config.memory_slots, config.n_embd),
                              persistent=False)                                  # M_0, (N, d)
         self.init_weights()
@@ -432,15 +448,17 @@ class LM2(nn.Module):
         outputs        0 for the matrices that end in the residual stream: every block starts as the
                        identity, and the memory of the first is learned in far fewer steps
         embedding      normal, std 1 / sqrt(d): the tied head's logits start with variance 1
-        gate biases    0, the forget gate 2.7 (95 % open): a bank that keeps most at first gets
-                       its gradient far
+        norms          1
+        gate biases    0, the forget gate 2: a bank that keeps most at first gets its gradient far
         addresses      normal, std 0.1 (RMT's as well): small beside the slots' norm of sqrt(d), or
                        the tokens learn to read by slot number instead of by what a slot says
         local mixer    the token itself 1, those before it normal with std 0.3
         """
         for name, p in self.named_parameters():
-            if name.endswith("forget_gate.bias"):
-                p.fill_(2.7)
+            if name.endswith("norm.weight"):
+                p.fill_(1.0)
+            elif name.endswith("forget_gate.bias"):
+                p.fill_(2.0)
             elif name.endswith(("bias", "output.weight", "down.weight")):
                 p.zero_()
             elif name.endswith(("address", "before", "behind")):
@@ -523,7 +541,7 @@ class LM2(nn.Module):
 
     def head(self, x):
         """Hidden states (B, T, d) -> logits (B, T, vocab); the weights are the embedding's."""
-        return F.linear(normed(x), self.embedding.weight)
+        return F.linear(self.norm(x), self.embedding.weight)
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, memory=None):

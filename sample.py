@@ -223,7 +223,7 @@ class Recorder:
     def saw_write(self, i):
         def hook(module, args, new):
             x, (y, bank), read = self.found[i]["x"], args, self.blocks[i].read
-            attention = module.attention(normed(y), bank)[0].float().cpu()          # (N, T)
+            attention = module.attention(module.norm(y), bank)[0].float().cpu()     # (N, T)
             found = {"input": torch.ones(bank.size(1)), "forget": torch.ones(bank.size(1)),
                      "output": torch.ones(x.size(1))} | self.found[i]
             self.done[i].append({name: found[name] for name in ("joined", "input", "forget",

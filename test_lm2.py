@@ -107,16 +107,16 @@ def test_read_gates_and_write_equal_a_slow_loop():
         return [sum(w * a for w, a in zip(row, v)) + b
                 for row, b in zip(layer.weight.tolist(), bias)]
 
-    def rms(v, eps=torch.finfo(torch.float64).eps):
+    def rms(v, weight=None, eps=torch.finfo(torch.float64).eps):
         scale = math.sqrt(sum(a * a for a in v) / len(v) + eps)
-        return [a / scale for a in v]
+        return [a / scale * w for a, w in zip(v, weight or [1.0] * len(v))]
 
     def add(u, v):
         return [a + b for a, b in zip(u, v)]
 
     def gate(layer, v, slot=...):
         z = add(linear(layer.linear, v), layer.bias[slot].tolist())
-        return [min(1.0, max(0.0, a / 6 + 0.5)) for a in z]
+        return [min(1.0, max(0.0, 1.2 / (1 + math.exp(-a)) - 0.1)) for a in z]
 
     def attend(q, keys, values, nothing=0.0):
         scores = [math.exp(sum(a * b for a, b in zip(q, k)) / math.sqrt(d)) for k in keys]
@@ -144,7 +144,7 @@ def test_read_gates_and_write_equal_a_slow_loop():
     got = read(x[None], memory[None])[0]
     assert (got - torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-9
 
-    tokens = [rms(E[t]) for t in range(T)]
+    tokens = [rms(E[t], write.norm.weight.tolist()) for t in range(T)]
     keys = [rotated(linear(write.key, tokens[t]), t) for t in range(T)]
     values = [linear(write.value, tokens[t]) for t in range(T)]
     expected = []
@@ -169,12 +169,12 @@ def test_memory_tokens_equal_one_sequence_with_a_mask():
     sees = torch.ones(N + T + N, N + T + N).tril().bool()
     sees[N + T:] = True
     for block in model.blocks:
-        a, e = block.attention, normed(x)
+        a, e = block.attention, block.attention_norm(x)
         q = a.rotary(a.query(e).view(2, -1, 2, 4).transpose(1, 2))
         k, v = a.key_value(e).view(2, -1, 2, 4).transpose(1, 2).chunk(2, dim=1)
         scores = (q @ a.rotary(k).transpose(2, 3) / 2).masked_fill(~sees, -math.inf)
         x = x + a.output((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, -1, 8))
-        x = x + block.feed_forward(normed(x))
+        x = x + block.feed_forward(block.feed_forward_norm(x))
     logits, _, after = model(tokens, memory=memory)
     assert torch.allclose(model.head(x[:, N:N + T]), logits, atol=1e-12)
     assert torch.allclose(torch.nn.functional.rms_norm(x[:, N + T:], (8,)), after.banks[:, 0],
@@ -845,7 +845,7 @@ def test_the_recorder_changes_nothing_and_records_what_was_computed():
     assert [len(s["tokens"]) for s in recorder.segments] == [4, 4, 3, 4, 4, 4]
     first, block = recorder.segments[0], model.blocks[0]
     memory = model.fresh_memory(1)
-    x = normed(model.mixer(model.embedding(tokens[:, :4]), memory.tail)[0])
+    x = block.attention_norm(model.mixer(model.embedding(tokens[:, :4]), memory.tail)[0])
     read = block.read.attention(x, normed(memory.banks[:, 0]))[0]
     assert torch.allclose(first["read"][0].double(), read)
     assert first["write"][1].shape == (3, 4) and recorder.source[0].shape == (3, 23)
