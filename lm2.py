@@ -74,8 +74,7 @@ class LM2Config:
                 raise ValueError(f"{name} is {value}; it must be from {least} to {most}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head "
-                             f"({2 * self.n_head}): rotary positions turn pairs of each head's "
-                             "channels; change one of the two")
+                             f"({2 * self.n_head}): rotary positions turn pairs of channels")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head "
                              f"({self.n_kv_head}): query heads share key/value heads evenly")
@@ -242,10 +241,8 @@ class MemoryRead(nn.Module):
         self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
 
     def attention(self, x, slots):
-        """How the tokens attend to the slots (B, N, d), normed: (B, T, N).
-
-        W_Q goes with the keys: (E W_Q) K^T = E (K W_Q^T)^T, and there are fewer slots than tokens.
-        """
+        """How the tokens attend to the slots (B, N, d), normed: (B, T, N)."""
+        # (E W_Q) K^T = E (K W_Q^T)^T, and there are fewer slots than tokens
         return attend(x, self.key(slots + self.address) @ self.query.weight)    # eq. 1
 
     def forward(self, x, bank):
@@ -479,13 +476,11 @@ class LM2(nn.Module):
         return Memory(self.start.expand(batch_size, self.n_banks, -1, -1), tail)
 
     def run(self, tokens, memory, cache=None):
-        """All blocks. Whole segments, whose banks are written, or a part of one, with a cache.
+        """All blocks: tokens (B, T) -> hidden states (B, T, d) and the memory.
 
-        tokens (B, S * block_size), or (B, T <= block_size) of one segment that ends with them; with
-        memory="rmt" S is 1.
-        With a cache, a list with a dictionary for each block, tokens (B, T) go on in a segment
-        and no bank is written: empty ones at the segment's start, then one token at a time.
-        Returns hidden states (B, tokens, d) and the memory.
+        tokens are S whole segments (one for memory="rmt"), or one segment that ends early. With a
+        cache, which is a list with a dictionary for each block, they go on in a segment, and no
+        bank is written: empty dictionaries at its start, then one token at a time.
         """
         B, T = tokens.shape
         x, tail = self.embedding(tokens), memory.tail
@@ -502,7 +497,7 @@ class LM2(nn.Module):
         return x.reshape(B, T, -1), Memory(banks, tail)
 
     def read(self, tokens, memory=None, last=None):
-        """Read tokens (B, T >= 1) -> hidden states of the `last` (None: all) positions, the memory.
+        """Tokens (B, T >= 1) -> hidden states (B, T or last, d) of the last positions, the memory.
 
         Cutting a long input at multiples of block_size and passing the memory on gives the same as
         one call. An unfinished last segment is written as if the text ended there, so a cut
