@@ -181,6 +181,27 @@ def test_memory_tokens_equal_one_sequence_with_a_mask():
                           atol=1e-12)
 
 
+def test_normed_is_pytorchs_rms_norm_forward_and_backward():
+    x, y = (torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            for _ in range(2))
+    ours, theirs = normed(x), torch.nn.functional.rms_norm(y, (8,))
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    ours.cos().sum().backward()
+    theirs.cos().sum().backward()
+    assert torch.allclose(x.grad, y.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("conv", [0, 3])
+@pytest.mark.parametrize("memory", ["lm2", "rmt", "none"])
+def test_the_residual_stream_stays_in_float32_in_mixed_precision(memory, conv):
+    """Or the models of a comparison would differ in precision as well."""
+    model, seen = random_model(torch.float32, memory=memory, conv=conv), []
+    model.blocks[-1].register_forward_hook(lambda *args: seen.append(args[2][0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(random_tokens())
+    assert set(seen) == {torch.float32}
+
+
 def test_gates_can_keep_the_bank_whole_or_replace_it():
     write = random_model().blocks[0].write
     x, memory = torch.randn(2, 4, 8).double(), torch.randn(2, 3, 8).double()
@@ -763,6 +784,18 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(tiny, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "make room" in done.stderr
     assert (tmp_path / "o" / "ckpt.pt").read_bytes() == before
     assert sorted(os.listdir(tmp_path / "o")) == sorted(os.listdir(tiny))
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_run_that_diverges_says_so_and_saves_nothing_of_it(broken, tmp_path, monkeypatch):
+    head, clip = LM2.head, torch.nn.utils.clip_grad_norm_
+    if broken == "loss":
+        monkeypatch.setattr(LM2, "head", lambda self, x: head(self, x) * math.nan)
+    else:
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * math.nan)
+    status, _, errors = call("train.py", *TINY, "--steps=1", f"--out={tmp_path}")
+    assert status == 3 and errors.count("\n") == 2 and f"the {broken}" in errors
+    assert os.listdir(tmp_path) == ["log.csv"]
 
 
 def test_two_processes_learn_what_one_does_with_the_whole_batch(tmp_path):
