@@ -504,7 +504,7 @@ def bench(model, encoding, n_read=1_000_000, n_generate=4096):
     whole = replace(model.config, memory="none", block_size=n_generate + 1)
     for name, decoder in (("LM2", model), ("full window", LM2(whole).to(model.device).eval())):
         tokens, ticks = torch.zeros(1, 1, dtype=torch.long, device=model.device), []
-        hook = decoder.embedding.register_forward_hook(lambda *_: ticks.append(time.time()))
+        hook = decoder.norm.register_forward_hook(lambda *_: ticks.append(time.time()))
         decoder.generate(tokens, n_generate, temperature=0)
         hook.remove()
         tenth = n_generate // 10
