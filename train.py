@@ -162,19 +162,20 @@ with or_die("this model cannot be built: "):
     config = LM2Config(encoding.n_vocab, **sizes)
 
 device_type = device.split(":")[0]
+if world > flags.batch_size:
+    die(f"torchrun: {world} processes need a --batch_size of at least as much")
+if world > 1 and (device_type == "mps" or
+                  device_type == "cuda" and torch.cuda.device_count() < world):
+    die(f"torchrun: {world} processes need as many CUDA devices, or --device=cpu")
+if world > 1 and device_type == "cuda":
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+if device.startswith("cuda:"):
+    torch.cuda.set_device(device)
 if world > 1:
-    if world > flags.batch_size:
-        die(f"torchrun: {world} processes need a --batch_size of at least as much")
-    if device_type == "mps" or device_type == "cuda" and torch.cuda.device_count() < world:
-        die(f"torchrun: {world} processes need as many CUDA devices, or --device=cpu")
-    if device_type == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     except (ValueError, RuntimeError):
         die("WORLD_SIZE is set, but the processes do not find each other; begin them with torchrun")
-if device.startswith("cuda:"):
-    torch.cuda.set_device(device)
 # bfloat16 where a GPU computes in it, float32 elsewhere
 native = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 dtype = torch.bfloat16 if native else torch.float32
