@@ -21,7 +21,6 @@ Glossary (B batch, S segments, T tokens of a segment, N memory slots, d width, V
     forget_gate     g_forget         B x N x d  how much of the old slot stays
     address         -                N x d      learned names of the slots, one to be read by, one
                                                 to write by (ours)
-K blocks with memory have K banks; the model takes and returns them together, see `Memory`.
 
 Where this departs from the paper, and why
     * The paper's eqs. 3-6 mix T-row gates with N-row memory and only type-check for T = N. Here the
@@ -29,12 +28,12 @@ Where this departs from the paper, and why
       the segment's tokens, so T, N and d are free.
     * No token may see a later one. A block reads its bank as the *previous* segments left it and
       writes it after the segment, so causality holds by construction.
-    * Every block has a bank of its own, so that none overwrites what another took up; in the paper
-      the blocks write one bank in turn, M_t -> M_{t+1}. So a block can also take up many segments
-      before the next block does: attention works on all of them at once, in few large products.
+    * Every block has a bank of its own; in the paper the blocks write one in turn, M_t -> M_{t+1}.
+      So none overwrites what another took up, and a block can take up many segments before the
+      next block does: attention works on all of them at once, in few large products.
     * Gates can shut and open wholly, and each slot has its own gate biases: see `Gate`.
-    * The banks are an argument and a return value. Nothing is kept between calls, gradient flows
-      through every segment, and each document starts afresh.
+    * The banks are an argument and a return value, and each document starts afresh. Nothing is kept
+      between calls, and gradient flows through every segment.
 """
 import math
 import os
@@ -94,12 +93,8 @@ def normed(x):
     return x * (square + torch.finfo(x.dtype).eps).rsqrt()
 
 
-class RMSNorm(nn.Module):
-    """`normed`, and then each channel by its learned weight."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, with learned weights, computed by `normed`."""
 
     def forward(self, x):
         return normed(x) * self.weight
@@ -185,9 +180,8 @@ class FeedForward(nn.Module):
 class LocalMixer(nn.Module):
     """Causal depthwise convolution: each token sees its own embedding and those of the few before.
 
-    Without it a tiny decoder spends thousands of steps learning to bind a name to what follows.
-    It runs on over segment borders: one border in two cuts a sentence, and "Mary went to the" in
-    one segment and "kitchen." in the next are of no use to a reader of segments.
+    Without it a tiny decoder spends thousands of steps learning to bind a name to what follows. It
+    runs on over segment borders, which would else tear "Mary went to the" from "kitchen."
     """
 
     def __init__(self, config):
@@ -217,11 +211,8 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.empty((slots, width) if slots else (width,)))
 
     def forward(self, x, attention=None):
-        """x (B, N, width_in) -> (B, N, width) from 0 to 1.
-
-        With attention (B, T, N) the gate of what T tokens read of x, (B, T, width): W goes before
-        the attention, whose rows sum to 1, as there are fewer slots than tokens.
-        """
+        """x (B, N, width_in) -> (B, N, width), from 0 to 1; with attention (B, T, N) the gates of
+        what T tokens read of x: its rows sum to 1, so W can go first, as slots are fewer."""
         x = self.linear(x) + self.bias
         x = torch.sigmoid(x if attention is None else attention @ x)
         return F.hardtanh(1.2 * x - 0.1, 0.0, 1.0)
@@ -268,8 +259,7 @@ class MemoryWrite(nn.Module):
         self.input_gate = Gate(2 * d, d, slots) if config.input_gate else None
         self.forget_gate = Gate(2 * d, d, slots) if config.forget_gate else None
         self.address = nn.Parameter(torch.empty(slots, d)) if config.address else 0.0
-        # the queries stand at 0, behind the segment, and are not turned; keys at -T .. -1, as far
-        # back as their tokens: slots can prefer the latest
+        # queries stand at 0, behind the segment, keys at -T .. -1: slots can prefer the latest
         self.rotary = Rotary(config.block_size, d, config.rope_base, first=-config.block_size)
 
     def attention(self, x, bank):
@@ -291,9 +281,8 @@ class MemoryWrite(nn.Module):
 class MemoryTokens(nn.Module):
     """The rival, a Recurrent Memory Transformer's memory (Bulatov et al. 2022, arXiv 2207.06881).
 
-    It is N more tokens, read and written by the decoder's own attention, without gates. They stand
-    before a segment, where its tokens attend to them, and again behind it, where they attend to
-    all of it; what comes out behind one segment goes before the next.
+    N more tokens, without gates, stand before a segment, where its tokens attend to them, and again
+    behind it, where they attend to all of it; what comes out there goes before the next segment.
     """
 
     def __init__(self, config):
@@ -313,8 +302,8 @@ class MemoryTokens(nn.Module):
             x = torch.cat((x, bank + self.behind), dim=1)                   # (B, N + T + N, d)
             mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
             mask[N + T:] = True
-        for i, block in enumerate(blocks):
-            x, _ = block(x, None, cache[i] if cache else None, mask)
+        for block, block_cache in zip(blocks, cache or [None] * len(blocks)):
+            x, _ = block(x, None, block_cache, mask)
         return (x[:, -T:], bank) if cache else (x[:, N:N + T], normed(x[:, N + T:]))
 
 
@@ -322,11 +311,8 @@ class MemoryTokens(nn.Module):
 # The optimizer of the matrices
 
 def orthogonalized(x):
-    """The orthogonal matrices nearest to x (n, rows, columns), nearly: singular values .7 to 1.2.
-
-    Five Newton-Schulz steps with the coefficients of Jordan et al. 2024, which are made for haste
-    and leave values below 0.003 of the norm smaller than that.
-    """
+    """The orthogonal matrices nearest to x (n, rows, columns), nearly: singular values .7 to 1.2
+    (smaller below 0.003 of the norm), by five Newton-Schulz steps as in Jordan et al. 2024."""
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -518,10 +504,9 @@ class LM2(nn.Module):
         return torch.cat(hidden, dim=1), memory                         # (B, T - first, d)
 
     def forward(self, tokens, targets=None, memory=None, last=None):
-        """Read tokens segment by segment, see `read`.
+        """Read tokens (B, T) int64, see `read`, and predict the next ones.
 
-        tokens   (B, T) int64, any T >= 1
-        targets  (B, T) int64: the next token to predict, -1 where nothing is scored
+        targets  (B, T) int64: the next tokens, -1 where nothing is scored
         memory   the `Memory` that an earlier call returned; None: a fresh one
         last     return and score only the last so many positions
         Returns logits (B, T or last, vocab), the mean cross-entropy in nats (None without targets)
@@ -542,9 +527,8 @@ class LM2(nn.Module):
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, memory=None):
         """Continue tokens (B, T >= 1) by max_new_tokens; returns both, (B, T + max_new_tokens).
 
-        temperature 0 takes the likeliest token, top_k 0 or None chooses among all. Keys and values
-        of the current segment are kept; the bank is written when the segment is full, exactly as
-        in `forward`.
+        temperature 0 takes the likeliest token, top_k 0 or None chooses among all. The current
+        segment's keys and values are kept; the banks are written when it is full, as in `forward`.
         """
         size, done, end = self.config.block_size, 0, tokens.size(1) + max_new_tokens
         memory = self.fresh_memory(tokens.size(0)) if memory is None else memory
@@ -568,10 +552,8 @@ class LM2(nn.Module):
         return tokens
 
     def optimizer(self, lr=2e-3, muon_lr=1e-2, weight_decay=0.0):
-        """[Muon for the matrices inside blocks, AdamW for all else]; step both.
-
-        Only the matrices inside blocks decay, and of these not the gates'.
-        """
+        """[Muon for the matrices inside blocks, of which all but the gates' decay, AdamW for all
+        else, which does not]; step both."""
         groups = {"matrix": [], "gate": [], "rest": []}
         for name, p in self.named_parameters():
             inside = p.dim() == 2 and name.startswith("blocks.") and name.endswith("weight")
@@ -596,6 +578,6 @@ class LM2(nn.Module):
                                          mergeable_ranks={t: i for i, t in enumerate(tokens)},
                                          special_tokens={})
         except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
-            raise ValueError(f"{path} holds no model that fits this code: {reason}") from None
+            why = (str(error) or type(error).__name__).splitlines()[-1].strip()
+            raise ValueError(f"{path} holds no model that fits this code: {why}") from None
         return model.to(device).eval(), encoding
