@@ -1090,10 +1090,12 @@ def draw(path, panels, xlabel, ylabel):
         axis.minorticks_off()
     axes[0, 0].set_ylabel(ylabel)
     axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    with or_die():
+    try:
         figure.savefig(path, dpi=130)
+        print(f"\npicture: {path}", flush=True)
+    except OSError as error:  # the numbers are there all the same
+        print(f"\nno picture: {path} cannot be written ({error.strerror})", flush=True)
     plt.close(figure)
-    print(f"\npicture: {path}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------

@@ -290,21 +290,21 @@ class MemoryTokens(nn.Module):
         self.before = nn.Parameter(torch.empty(config.memory_slots, config.n_embd))
         self.behind = nn.Parameter(torch.empty(config.memory_slots, config.n_embd))
 
-    def forward(self, x, bank, blocks, cache):
+    def forward(self, x, bank, blocks, caches):
         """One segment x (B, T, d) through the blocks, bank (B, N, d) -> (B, T, d), the new bank.
 
         With caches, see `LM2.run`, the segment goes on, and the bank stays as it is.
         """
-        T, N, mask = x.size(1), bank.size(1), None
-        if not cache or not cache[0]:
+        T, N, mask, whole = x.size(1), bank.size(1), None, caches[0] is None
+        if not caches[0]:                                                   # the segment's start
             x = torch.cat((bank + self.before, x), dim=1)                   # (B, N + T, d)
-        if not cache:
+        if whole:
             x = torch.cat((x, bank + self.behind), dim=1)                   # (B, N + T + N, d)
             mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
             mask[N + T:] = True
-        for block, block_cache in zip(blocks, cache or [None] * len(blocks)):
-            x, _ = block(x, None, block_cache, mask)
-        return (x[:, -T:], bank) if cache else (x[:, N:N + T], normed(x[:, N + T:]))
+        for block, cache in zip(blocks, caches):
+            x, _ = block(x, None, cache, mask)
+        return (x[:, N:N + T], normed(x[:, N + T:])) if whole else (x[:, -T:], bank)
 
 
 # --------------------------------------------------------------------------------------------
@@ -461,24 +461,24 @@ class LM2(nn.Module):
         tail = self.start.new_zeros(batch_size, max(self.config.conv - 1, 0), self.config.n_embd)
         return Memory(self.start.expand(batch_size, self.n_banks, -1, -1), tail)
 
-    def run(self, tokens, memory, cache=None):
+    def run(self, tokens, memory, caches=None):
         """All blocks: tokens (B, T) -> hidden states (B, T, d) and the memory.
 
-        tokens are S whole segments (one for memory="rmt"), or one segment that ends early. With a
-        cache, which is a list with a dictionary for each block, they go on in a segment, and no
-        bank is written: empty dictionaries at its start, then one token at a time.
+        tokens are S whole segments (one for memory="rmt"), or one segment that ends early. With
+        caches, a list with a dictionary for each block, they go on in a segment, and no bank is
+        written: empty dictionaries at its start, then one token at a time.
         """
-        B, T = tokens.shape
+        (B, T), caches = tokens.shape, caches or [None] * len(self.blocks)
         x, tail = self.embedding(tokens), memory.tail
         if self.mixer:
             x, tail = self.mixer(x, tail)
         banks = [*memory.banks.unbind(1)] + [None] * (len(self.blocks) - self.n_banks)
         if self.memory_tokens:
-            x, banks[0] = self.memory_tokens(x, banks[0], self.blocks, cache)
+            x, banks[0] = self.memory_tokens(x, banks[0], self.blocks, caches)
         else:
             x = x.reshape(-1, min(T, self.config.block_size), x.size(-1))       # (B * S, T, d)
             for i, block in enumerate(self.blocks):
-                x, banks[i] = block(x, banks[i], cache[i] if cache else None)
+                x, banks[i] = block(x, banks[i], caches[i])
         banks = torch.stack(banks[:self.n_banks], dim=1) if self.n_banks else memory.banks
         return x.reshape(B, T, -1), Memory(banks, tail)
 
@@ -536,9 +536,9 @@ class LM2(nn.Module):
             full = (tokens.size(1) - 1) // size * size      # the last token is still to be read
             if full > done:
                 memory = self.read(tokens[:, done:full], memory, last=1)[1]
-            new, so_far, cache, done = tokens[:, full:], memory, [{} for _ in self.blocks], full
+            new, so_far, caches, done = tokens[:, full:], memory, [{} for _ in self.blocks], full
             while tokens.size(1) < end and tokens.size(1) <= full + size:
-                output, so_far = self.run(new, so_far, cache)
+                output, so_far = self.run(new, so_far, caches)
                 logits = self.head(output[:, -1])                                 # (B, vocab)
                 if temperature == 0:
                     new = logits.argmax(-1, keepdim=True)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import babilong_tiny as babi
-from babilong_tiny import die, die_unless_new, flag, parse_flags
+from babilong_tiny import die, die_unless_new, flag, or_die, parse_flags
 from lm2 import LM2, Memory, load_checkpoint, normed
 
 
@@ -461,10 +461,8 @@ def study(model, encoding, picture):
         axis.set_xticklabels([fact.replace(" to the ", "\nto the ") for fact in (*facts, "noise")])
     axes[0].set_ylabel("share of the read attention")
     axes[1].legend(loc="upper right")
-    try:
+    with or_die(f"{picture}: "):
         figure.savefig(picture, dpi=130)
-    except OSError as error:
-        die(f"{picture}: {error.strerror}")
     print(f"picture: {picture}")
 
 
@@ -550,10 +548,8 @@ def reply(reader, encoding, tasks, question, recorder=None, flags=None):
         if flags.show:
             show(encoding, recorder)
         if flags.html:
-            try:
+            with or_die(f"--html={flags.html}: "):
                 write_html(encoding, recorder, flags.html)
-            except OSError as error:
-                die(f"--html={flags.html}: {error.strerror}")
             print(f"page: {flags.html}")
     if note := hint(encoding, tasks, question):
         print(f"hint: {note}", file=sys.stderr)
@@ -679,13 +675,11 @@ def main():
     if recorder:
         recorder.watch()
     for name, given in (("story", story if os.path.exists(story) else ""), ("read", flags.read)):
-        try:
-            if given:
+        if given:
+            with or_die(f"--{name}={given}: "):
                 note = read_stream(reader, encoding, given, clean)
-                if name == "read":
-                    print(note)
-        except (OSError, UnicodeDecodeError) as error:
-            die(f"--{name}={given}: {getattr(error, 'strerror', None) or 'not a text in UTF-8'}")
+            if name == "read":
+                print(note)
     if story and not os.path.exists(story):
         reader.read(encoding.encode_ordinary(clean(story)))
     if flags.save_memory:

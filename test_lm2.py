@@ -209,11 +209,11 @@ def test_gates_can_keep_the_bank_whole_or_replace_it():
     torch.nn.init.zeros_(write.forget_gate.linear.weight)
     write.input_gate.bias.data.fill_(-9.0)
     write.forget_gate.bias.data.fill_(9.0)
-    assert torch.equal(write(x, memory), memory)         # exactly, however often
+    assert torch.equal(write(x, memory), memory)            # exactly, however often
     write.input_gate.bias.data.fill_(9.0)
     write.forget_gate.bias.data.fill_(-9.0)
     other_bank = torch.randn(2, 3, 8).double()
-    assert write(x, memory).abs().max() <= 1             # tanh of the news and nothing else
+    assert write(x, memory).abs().max() <= 1                # tanh of the news and nothing else
     write.query.weight.data.zero_()                         # a query that does not look at the bank
     assert torch.equal(write(x, memory), write(x, other_bank))
 
@@ -366,8 +366,8 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay():
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, model.parameters()))
     decays = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
     for name, p in model.named_parameters():
-        spared = "_gate." in name or p.dim() != 2 or name.startswith("embedding") \
-            or name.endswith("address")
+        spared = "_gate." in name or p.dim() != 2 or name.endswith("address") \
+            or name.startswith("embedding")
         assert (id(p) in decays) == (not spared), name
 
 
@@ -852,6 +852,15 @@ def test_sample_answers_from_flags_files_pipes_lines_and_a_saved_memory(tiny, tm
     torch.load(memory, weights_only=True)
 
 
+def test_a_chat_has_commands_and_a_question_leaves_no_trace(tiny, tmp_path):
+    (tmp_path / "story.txt").write_text("Mary went to the kitchen. " * 15)
+    typed = f"/load {tmp_path}/story.txt\n/memory\nWhere is Mary?\n/memory\n/reset\n/memory\n/x\n"
+    out = run("sample.py", f"--ckpt={tiny}/ckpt.pt", input=typed)
+    first, second = re.findall(r"(?:^  .*\n)+", out, flags=re.M)[:2]
+    assert "read 90 tokens" in out and "block 1, slot" in first and second.startswith(first)
+    assert "nothing to trace" in out and "no command /x" in out
+
+
 def test_a_text_is_read_in_pieces_as_it_would_be_at_once(tiny):
     model, encoding = LM2.load(tiny / "ckpt.pt")
     text = BOOK * 4 + "na\u00efve end"
@@ -1263,15 +1272,6 @@ def test_the_study_shows_that_the_write_moves_the_attention(learned, tmp_path):
         assert abs(before - frozen) < 0.05 and (fact != "Mary moved to the garden."
                                                 or before == frozen == 0 < after), out
     assert re.search(r"answer +kitchen +\w+ +kitchen\n", out), out
-
-
-def test_a_chat_has_commands_and_a_question_leaves_no_trace(learned, tmp_path):
-    (tmp_path / "story.txt").write_text("Mary went to the kitchen. " * 15)
-    typed = f"/load {tmp_path}/story.txt\n/memory\nWhere is Mary?\n/memory\n/reset\n/memory\n/x\n"
-    out = run("sample.py", f"--ckpt={learned[1]}/ckpt.pt", input=typed)
-    first, second = re.findall(r"(?:^  .*\n)+", out, flags=re.M)[:2]
-    assert "read 90 tokens" in out and "block 1, slot" in first and second.startswith(first)
-    assert "nothing to trace" in out and "no command /x" in out
 
 
 def test_scores_are_what_generation_says(learned):

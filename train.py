@@ -110,6 +110,16 @@ world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0
 if rank:
     sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
 ckpt_path, checkpoint = os.path.join(flags.out, "ckpt.pt"), None
+
+
+def refuse_other_flags(out, saved, now, free=FREE):
+    """One line and exit 2 if the run in `out` had other flags (`saved`) than now, but free ones."""
+    for name, value in asdict(now).items():
+        if name not in free and saved.get(name) != value:
+            die(f"{out} was trained with --{name}={saved.get(name)}, not {value}; give it the same "
+                "flags, or choose another --out")
+
+
 if flags.resume:
     try:
         checkpoint = load_checkpoint(ckpt_path)
@@ -119,12 +129,8 @@ if flags.resume:
     # the run's own flags, then those of the command line
     argv = [*babi.as_flags(saved), *sys.argv[1:], f"--out={flags.out}"]
     flags = parse_flags(Flags, __doc__, argv)
-    for f in fields(Flags):
-        now, then = getattr(flags, f.name), getattr(saved, f.name)
-        moved = f.name in ("data", "noise") and now and then  # its content is looked at below
-        if now != then and f.name not in FREE and not moved:
-            die(f"--{f.name}={now} differs from the run in {flags.out} ({then}); leave it away to "
-                "resume, or choose another --out")
+    moved = {name for name in ("data", "noise") if getattr(flags, name) and getattr(saved, name)}
+    refuse_other_flags(flags.out, asdict(saved), flags, FREE | moved)  # texts are compared below
 
 if not flags.data and flags.block_size < 32:
     die(f"--block_size={flags.block_size}: questions and answers need segments of at least 32")
@@ -147,11 +153,11 @@ with or_die(f"--data={flags.data}: " if flags.data else "--noise: "):
         with open(path, "rb") as file:
             for line in file:
                 texts = zlib.crc32(line, texts)
-    counts = Counter() if checkpoint else babi.count_words(
+    words = Counter() if checkpoint else babi.count_words(
         [text[:len(text) * 9 // 10]] if text else
         (sentence for book in books for sentence in babi.read_sentences(book)))
 with or_die():
-    encoding = LM2.load(ckpt_path)[1] if checkpoint else babi.load_encoding(flags.tokenizer, counts)
+    encoding = LM2.load(ckpt_path)[1] if checkpoint else babi.load_encoding(flags.tokenizer, words)
 noise = None if flags.data else babi.load_noise(flags.noise, encoding, flags.seed)
 with or_die("this model cannot be built: "):
     sizes = {f.name: getattr(flags, f.name) for f in fields(LM2Config) if hasattr(flags, f.name)}
@@ -226,7 +232,7 @@ def compare():
         die("--compare runs in one process, text with --data=book.txt and the others without")
     if min(flags.samples) < 1:
         die("--samples must be at least 1")
-    samples = {} if text else babi.test_samples(tasks, max(flags.samples), flags.babi_dir)
+    samples = {} if text else real or babi.test_samples(tasks, max(flags.samples))
     for task, made in samples.items():  # found now, not after hours of training
         least = min(len(babi.to_tokens(sample, encoding)[0]) for sample in made)
         if not least <= min(n or least for n in flags.lengths):
@@ -267,23 +273,20 @@ def run_arm(name, arm):
     """
     ckpt = os.path.join(arm.out, "ckpt.pt")
     if os.path.exists(ckpt):  # begun earlier
-        arm.resume, saved = True, load_checkpoint(ckpt)["train"]
-        for key, value in asdict(arm).items():
-            if key not in FREE - {"steps"} and saved["flags"].get(key) != value:
-                die(f"{arm.out} was trained with --{key}={saved['flags'].get(key)}, not {value}; "
-                    "choose another --out")
-        if saved["text"] != texts:
+        arm.resume, trained = True, load_checkpoint(ckpt)
+        refuse_other_flags(arm.out, trained["train"]["flags"], arm, FREE - {"steps"})
+        if trained["train"]["text"] != texts:
             die(f"{arm.out} was trained on another text; choose another --out")
-    if not arm.resume or saved["step"] < arm.steps:
+    if not arm.resume or trained["train"]["step"] < arm.steps:
         code = call("train.py", *babi.as_flags(arm))
         if code == DIVERGED:
             return []
         if code:
             sys.exit(code)
-        saved = load_checkpoint(ckpt)["train"]
-        if saved["step"] < arm.steps:
+        trained = load_checkpoint(ckpt)
+        if trained["train"]["step"] < arm.steps:
             raise KeyboardInterrupt
-    parameters = sum(p.numel() for p in LM2.load(ckpt)[0].parameters())
+    saved, parameters = trained["train"], sum(p.numel() for p in trained["model"].values())
     about = {"seed": arm.seed, "seconds": round(saved["seconds"]), "parameters": parameters}
     if text:
         window = flags.window * flags.block_size
@@ -751,6 +754,7 @@ def move_on(task, accuracy, share_of_rows):
 
 
 def end_diverged(what):
+    """End the run without saving, and say why."""
     print(f"\nstep {state['step']}: the {what}. Stopped; the checkpoint from before, if there is "
           "one, is untouched. Try a smaller --lr and --muon_lr.", file=sys.stderr)
     sys.exit(DIVERGED)
@@ -875,7 +879,7 @@ if tasks and flags.eval_times:
                  "swapped": "bank of another story", "chance": "chance"}
         babi.draw(os.path.join(flags.out, "proof.png"), {flags.task: {
             label: {row["tokens"]: [row[name]] for row in rows} for name, label in lines.items()}},
-            "tokens of context, facts in the first half", "accuracy")
+            f"tokens ({babi.shorten(trained)}: longest trained), facts in the first half", "accuracy")
     for row in rows:
         name = f"{row['tokens'] // trained}x" if len(tasks) == 1 else row["task"]
         summary |= {f"{bank}_{name}": row[bank] for bank in ("memory", "wiped", "swapped")}
