@@ -3,36 +3,42 @@
     python babilong_tiny.py                                  # print samples a person can read
     python babilong_tiny.py --task=qa2 --length=256 --samples=1 --noise=book.txt
     python babilong_tiny.py --babi_dir=tasks_1-20_v1-2/en    # stories from the real bAbI files
-    python babilong_tiny.py --stats                          # generated stories beside real ones
+    python babilong_tiny.py --score                          # score out/ckpt.pt, or what ships here
     python babilong_tiny.py --ckpt=out/ckpt.pt --tasks=all --lengths=0,1k,4k --noise=book.txt
     python babilong_tiny.py --ckpt=out/ckpt.pt --retrieve=5  # shown five sentences of the context
 
 What is here, in the order of the file
     the world        people, places, objects, and the sentences the released bAbI v1.2 files use
     the tasks        qa1 to qa10: what may happen, and what may be asked about it
-    the real files   a reader for bAbI's own text format
+    texts            how every text is read, and bAbI's own format
     the haystack     noise sentences, or books, and BABILong's way to hide facts among them
     the tokenizer    a tiktoken encoding of whole words, made at run time: nothing is downloaded
+    the curriculum   samples as tokens, and which of them a training step shows
     the scores       exact match, retrieval, the shortcuts a model must beat, and their table
+    the scripts      flags, files, devices and errors, as all scripts here share them
 
 Stories follow the *released* bAbI v1.2 files (Weston et al. 2015, arXiv 1502.05698), so a model
 trained only on samples from here can be tested on the real files. Hiding follows BABILong
 (Kuratov et al. 2024, arXiv 2406.10149): noise in natural order, fact positions drawn uniformly
 and sorted, the question last, the total length exact.
 
-Every function draws from the `random.Random` it is given and from nothing else.
+Every function draws from the `random.Random` it is given and from nothing else. What is wrong with
+a flag or a file is said by a `BadInput`.
 """
 import argparse
 import base64
 import codecs
 import contextlib
 import csv
+import io
 import itertools
 import math
 import os
 import random
 import re
 import sys
+import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
@@ -41,6 +47,8 @@ from typing import Callable
 import numpy as np
 import tiktoken
 import torch
+
+from lm2 import LM2, BadInput, load_checkpoint
 
 # --------------------------------------------------------------------------------------------
 # The world
@@ -198,6 +206,17 @@ def ask_before(facts, i, rng):
                             facts[moves[k - 1]].thing, (i, moves[k], moves[k - 1]))
 
 
+def ask_person_before(facts, i, rng):
+    """Where was P before the L? A step on the way to `ask_before`, and no bAbI task."""
+    if facts[i].action == "move":
+        person, place = facts[i].person, facts[i].thing
+        came = latest(facts, ("move",), person=person, thing=place)
+        before = latest(facts[:came], ("move",), person=person)
+        if before is not None:
+            return Question(f"Where was {person} before the {place}?", facts[before].thing,
+                            (came, before))
+
+
 def ask_relation(facts, i, rng):
     """What is D of the B? What is the A D of? Each of the three places is the answer as often."""
     fact = facts[i]
@@ -278,7 +297,7 @@ class Task:
     places: tuple = PLACES
     there: float = 1.0          # how often a "get" ends in "there"
     n_answers: int = 6          # how many different answers there are
-    along: tuple = ()           # tasks on the way to it, asked along with it in training
+    along: tuple = ()           # QUESTIONS on the way to it, asked along with it in training
 
 
 HANDLE = ("move", "get", "drop")
@@ -286,7 +305,7 @@ TASKS = {
     "qa1": Task(ask_person, ("move",), ("Where is Mary?",)),
     "qa2": Task(ask_object, HANDLE, ("Where is the milk?",), along=("qa1",)),
     "qa3": Task(ask_before, HANDLE, ("Where was the milk before the office?",), there=0.2,
-                along=("qa1", "qa2")),
+                along=("qa1", "qa2", "before")),
     "qa4": Task(ask_relation, ("relation",), ("What is north of the office?",
                                               "What is the office north of?"), people=()),
     "qa5": Task(ask_gift, HANDLE + 4 * ("give",),
@@ -303,22 +322,25 @@ TASKS = {
                  ("Is Bill in the park?",), people=GUESSED, places=TOWN,
                  n_answers=3),
 }
+# what is no task of its own, and is asked along with one
+QUESTIONS = TASKS | {
+    "before": Task(ask_person_before, HANDLE, ("Where was Mary before the office?",))}
 
 
 def shape(question, task):
     """The question with P, L, O, D for the task's people, places, objects and directions."""
-    kinds = (("P", TASKS[task].people), ("L", TASKS[task].places), ("O", OBJECTS), ("D", OPPOSITE))
-    for kind, names in kinds:
+    world = QUESTIONS[task]
+    for kind, names in (("P", world.people), ("L", world.places), ("O", OBJECTS), ("D", OPPOSITE)):
         question = re.sub(rf"\b({'|'.join(names) or '-'})\b", kind, question)
     return question
 
 
 def parse_tasks(names):
-    """"all", or names like "qa1,qa6", as a tuple of tasks. ValueError if there is no such task."""
+    """"all", or names like "qa1,qa6", as a tuple of tasks. BadInput if there is no such task."""
     chosen = tuple(TASKS) if names == "all" else tuple(dict.fromkeys(names.split(",")))
     for name in chosen:
         if name not in TASKS:
-            raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}, and all")
+            raise BadInput(f"no task {name!r}; there are {', '.join(TASKS)}, and all")
     return chosen
 
 
@@ -337,7 +359,7 @@ def relations(rng):
 def askable(task, facts, rng, window=WINDOW):
     """Yields a question about each of the last `window` statements (None: all) that allows one."""
     first = 0 if window is None else max(0, len(facts) - window)
-    questions = (TASKS[task].ask(facts, i, rng) for i in range(first, len(facts)))
+    questions = (QUESTIONS[task].ask(facts, i, rng) for i in range(first, len(facts)))
     return filter(None, questions)
 
 
@@ -380,46 +402,95 @@ def make_sample(task, rng, n_questions=1, max_facts=1000, window=WINDOW):
 
 
 # --------------------------------------------------------------------------------------------
-# The real files
+# Texts, and the real files
+
+def text_pieces(file, name, inside=False, size=2**16):
+    """Yields the text of a binary file from where it stands, and holds one piece of it at a time.
+
+    A byte order mark is left out, and so is, `inside` of a text, the rest of a character that was
+    cut; line ends become "\\n". Raises BadInput where the text is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8" if inside else "utf-8-sig")()
+    decode = io.IncrementalNewlineDecoder(decoder, translate=True).decode
+    chunk = file.read(size)
+    if inside:
+        chunk = re.sub(rb"\A[\x80-\xbf]{1,3}", b"", chunk)
+    elif chunk[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in chunk[:2]:
+        raise BadInput(f"{name} is a text in UTF-16; convert it first: iconv -f UTF-16 -t UTF-8")
+    try:
+        while chunk:
+            yield decode(chunk)
+            chunk = file.read(size)
+        yield decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise BadInput(f"{name} is not a text in UTF-8; convert it first, if it is in Latin-1 by "
+                       "iconv -f LATIN1 -t UTF-8") from None
+
+
+def read_text(path):
+    """A whole text, see `text_pieces`."""
+    with open(path, "rb") as file:
+        return "".join(text_pieces(file, path))
+
+
+SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))\s+(?=[\"'“‘(]*[A-Z0-9])")
+
+
+def read_sentences(path, start=0, size=2**12):
+    """Yields the sentences of a text from byte `start` on, see `text_pieces`.
+
+    A sentence ends at . ! or ? before a space and what may begin another one. The last is left
+    out, as it may have no end, and with a `start` the first, as it may have begun before.
+    """
+    rest, first = "", start > 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        for piece in text_pieces(file, path, start > 0, size):
+            *done, rest = SENTENCE_END.split(rest + piece)
+            if len(rest) > 4 * size:  # no sentence is that long
+                done, rest = [*done, rest], ""
+            yield from (" ".join(sentence.split()) for sentence in done[first:])
+            first = first and not done
+
 
 def read_babi(path):
     """Samples of a bAbI file: for each question the statements before it, other questions dropped.
 
-    Raises ValueError with the line's number where the file is not in bAbI's format.
+    Raises BadInput with the line's number where the file is not in bAbI's format.
     """
     samples, facts, line_ids = [], [], {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            match = re.fullmatch(r"(\d+) ([^\t]+)(?:\t([^\t]+)\t([\d ]*))?", line.rstrip("\r\n"))
-            if not match:
-                raise ValueError(f"{path}, line {number}: not a line of a bAbI file "
-                                 "('ID text' or 'ID question<tab>answer<tab>support')")
-            line_id, text, answer, support = match.groups()
-            if line_id == "1":
-                facts, line_ids = [], {}
-            if answer is None:
-                line_ids[line_id] = len(facts)
-                facts.append(text.strip())
-                continue
-            if not re.search(r"\w", text):
-                raise ValueError(f"{path}, line {number}: a question without a word")
-            if not facts or not all(s in line_ids for s in support.split()):
-                raise ValueError(f"{path}, line {number}: its supporting facts ({support}) are not "
-                                 "all earlier statements of this story")
-            question = Question(text.strip(), answer, tuple(line_ids[s] for s in support.split()))
-            samples.append(Sample(tuple(facts), (question,)))
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"(\d+) ([^\t]+)(?:\t([^\t]+)\t([\d ]*))?", line)
+        if not match:
+            raise BadInput(f"{path}, line {number}: not a line of a bAbI file "
+                           "('ID text' or 'ID question<tab>answer<tab>support')")
+        line_id, text, answer, support = match.groups()
+        if line_id == "1":
+            facts, line_ids = [], {}
+        if answer is None:
+            line_ids[line_id] = len(facts)
+            facts.append(text.strip())
+        elif not re.search(r"\w", text):
+            raise BadInput(f"{path}, line {number}: a question without a word")
+        elif not facts or not line_ids.keys() >= {*support.split()}:
+            raise BadInput(f"{path}, line {number}: its supporting facts ({support}) are not "
+                           "all earlier statements of this story")
+        else:
+            needed = tuple(line_ids[line_id] for line_id in support.split())
+            samples.append(Sample(tuple(facts), (Question(text.strip(), answer, needed),)))
     if not samples:
-        raise ValueError(f"{path}: no question in this file")
+        raise BadInput(f"{path}: no question in this file")
     return samples
 
 
 def find_babi(folder, task):
-    """The path of the task's file in `folder` (test file first); FileNotFoundError if none."""
-    names = sorted(os.listdir(folder), key=lambda name: "_test" not in name)
-    for name in names:
-        if re.fullmatch(rf"{task}_.*\.txt", name):
-            return os.path.join(folder, name)
-    raise FileNotFoundError(f"no file {task}_*.txt in {folder}")
+    """The path of the task's file in `folder`, the test file first. BadInput if there is none."""
+    names = [name for name in os.listdir(folder) if re.fullmatch(rf"{task}_.*\.txt", name)]
+    if not names:
+        raise BadInput(f"no file {task}_*.txt in {folder}")
+    return os.path.join(folder, min(names, key=lambda name: ("_test" not in name, name)))
 
 
 # --------------------------------------------------------------------------------------------
@@ -438,6 +509,11 @@ NOISE = {
     "ending": ("at dawn", "in winter", "after dark", "for hours", "again", "before the rain",
                "at noon", "without a word"),
 }
+UNKNOWN = 0.4  # share of noise sentences of words nobody knows
+COMMON = "the a of he there yes no maybe went had and to in was it his her that with not".split()
+LETTERS = "etaoinshrdlucmfwypvbgkqjxz"
+LETTER_WEIGHTS = (12, 9, 8, 8, 7, 7, 6, 6, 6, 4, 4, 3, 3, 2.5, 2.3, 2.2, 2, 2, 1, 1.5, 2,
+                  0.8, 0.3, 0.3, 0.3, 0.3)
 
 
 def noise_sentence(rng):
@@ -447,14 +523,39 @@ def noise_sentence(rng):
     return ("The {adjective} {noun} {verb} {preposition} the {scene}" + end + ".").format(**words)
 
 
+def unknown_sentence(rng):
+    """Words nobody knows among a few common ones, as a real book is to a small vocabulary.
+
+    A model that saw known words alone is lost in a book, which to it is mostly bytes.
+    """
+    words = []
+    for _ in range(rng.randint(3, 16)):
+        word = rng.choice(COMMON) if rng.random() < 0.5 else \
+            "".join(rng.choices(LETTERS, LETTER_WEIGHTS, k=rng.randint(2, 9)))
+        kind = rng.random()
+        if kind < 0.08:
+            word = word.capitalize()
+        elif kind < 0.11:
+            word = str(rng.randrange(2000))
+        elif kind < 0.2:
+            word += rng.choice(",;:")
+        elif kind < 0.25:
+            word = rng.choice(("'", '"', "“", "--")) + word
+        words.append(word)
+    words[0] = words[0].capitalize()
+    return " ".join(words) + rng.choice((".", ".", ".", "!", "?", '."'))
+
+
 def make_noise(encoding, seed, n_sentences=20000):
     """A 'book' of noise made by a grammar. Another seed gives another book.
 
     Returns a function of a `random.Random` that yields tokenised sentences without end, in
     natural order from a random one on.
     """
-    rng = random.Random(f"noise {seed}")
-    book = [encoding.encode_ordinary(" " + noise_sentence(rng)) for _ in range(n_sentences)]
+    rng, book = random.Random(f"noise {seed}"), []
+    for _ in range(n_sentences):
+        sentence = unknown_sentence if rng.random() < UNKNOWN else noise_sentence
+        book.append(encoding.encode_ordinary(" " + sentence(rng)))
 
     def sentences(rng):
         for i in itertools.count(rng.randrange(len(book))):
@@ -462,35 +563,14 @@ def make_noise(encoding, seed, n_sentences=20000):
     return sentences
 
 
-FACTLIKE = re.compile(rf"\b({'|'.join({*PEOPLE, *GIVERS, *GUESSED})})\b"
-                      rf"|\b({'|'.join({*PLACES, *TOWN})})\b.*\b({'|'.join({*PLACES, *TOWN})})\b")
+def words_of(names):
+    """A regular expression for these names as words of their own, as in "_Mary_" or "Mary's"."""
+    return rf"(?<![^\W_])(?:{'|'.join(sorted({*names}))})(?![^\W_])"
 
 
-SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))\s+(?=[\"'“‘(]*[A-Z0-9])")
-
-
-def read_sentences(path, start=0, size=2**12):
-    """Sentences of a UTF-8 text from byte `start` on; a file of any size is read in pieces.
-
-    A sentence ends at . ! or ? before a space and what may begin another one. The first is left
-    out, as it may have begun before `start`.
-    Raises ValueError where the file is not UTF-8.
-    """
-    decode = codecs.getincrementaldecoder("utf-8")("strict" if start == 0 else "ignore").decode
-    rest, first = "", start > 0
-    with open(path, "rb") as file:
-        file.seek(start)
-        while piece := file.read(size):
-            try:
-                rest += decode(piece)
-            except UnicodeDecodeError:
-                raise ValueError(f"{path} is not a text in UTF-8; convert it first: "
-                                 f"iconv -f LATIN1 -t UTF-8") from None
-            *done, rest = SENTENCE_END.split(rest)
-            if len(rest) > 4 * size:  # no sentence is that long
-                done, rest = [*done, rest], ""
-            yield from (" ".join(sentence.split()) for sentence in done[first:])
-            first = first and not done
+ROOM = words_of(f"(?i:{place}s?)" for place in PLACES + TOWN)
+FACTLIKE = re.compile(words_of(form for name in PEOPLE + GIVERS + GUESSED
+                               for form in (name, name.upper())) + f"|{ROOM}.*{ROOM}")
 
 
 def book_noise(encoding, paths, shortest=10):
@@ -499,7 +579,7 @@ def book_noise(encoding, paths, shortest=10):
     They come in natural order from a random place of a random text, and from another place when
     it ends. Sentences of fewer than `shortest` tokens are left out, and so are those which a
     reader could take for facts: they name one of the people, or two of the places.
-    Raises OSError or ValueError if a text cannot be used.
+    Raises OSError or BadInput if a text cannot be used.
     """
     def usable(path, start=0):
         for sentence in read_sentences(path, start):
@@ -511,8 +591,8 @@ def book_noise(encoding, paths, shortest=10):
     for path in paths:
         found = len(list(itertools.islice(usable(path), 100)))
         if found < 100:
-            raise ValueError(f"{path} has {found} sentences that can be noise, and must have 100: "
-                             "use a longer text")
+            raise BadInput(f"{path} has {found} sentences that can be noise, and must have 100: "
+                           "use a longer text")
 
     def sentences(rng):
         while True:
@@ -521,35 +601,50 @@ def book_noise(encoding, paths, shortest=10):
     return sentences
 
 
-def hide(facts, length, noise, rng, facts_in=(0.0, 1.0)):
-    """Hide facts (lists of tokens) in noise, as BABILong does: exactly `length` tokens.
+def load_noise(names, encoding, seed):
+    """The noise that `--noise=a.txt,b.txt` names, the built-in one if it names none."""
+    paths = [name for name in names.split(",") if name]
+    return book_noise(encoding, paths) if paths else make_noise(encoding, seed)
 
-    Noise runs in natural order from a random sentence, its last sentence cut to fit. Facts keep
-    their order, never split a sentence and lie within the part `facts_in` of the context.
-    Raises ValueError if they do not fit there.
+
+class TooLong(BadInput):
+    """Facts and questions that do not fit where they should."""
+
+
+def cut_noise(length, noise, rng):
+    """`length` tokens of noise in natural order from a random sentence on, as a list of sentences,
+    the last of which is cut to fit."""
+    sentences, book = [], noise(rng) if length > 0 else ()
+    while length > 0:
+        sentences.append(next(book)[:length])
+        length -= len(sentences[-1])
+    return sentences
+
+
+def hide_facts(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0, 1.0)):
+    """A sample's context, as BABILong makes it: `length` tokens with the questions and answers.
+
+    Facts keep their order, never split a sentence of noise and lie within the part `facts_in` of
+    the context. Without a length there is no noise (BABILong's 0K).
+    Returns pieces in order: (number of the fact, its tokens), or (None, tokens) of noise.
+    Raises TooLong if the facts do not fit there.
     """
-    fact_length = sum(map(len, facts))
-    if fact_length > (facts_in[1] - facts_in[0]) * length:
-        raise ValueError(f"{fact_length} tokens of facts do not fit into the part "
-                         f"{facts_in[0]:g} to {facts_in[1]:g} of {length} tokens of context")
-    sentences, offsets, book = [], [0], noise(rng)
-    while offsets[-1] < length - fact_length:
-        sentences.append(next(book)[:length - fact_length - offsets[-1]])
-        offsets.append(offsets[-1] + len(sentences[-1]))
-    low, high = facts_in[0] * length, facts_in[1] * length - fact_length
-    gaps = [gap for gap, offset in enumerate(offsets) if low <= offset <= high]
+    facts = [(i, encode(encoding, f" {fact}")) for i, fact in enumerate(sample.facts)]
+    if length is None:
+        return facts
+    n_facts = sum(len(tokens) for _, tokens in facts)
+    length -= len(encode_questions(sample, encoding)[0])
+    low, high = (round(part * length, 6) for part in facts_in)  # 0.7 * 10 is 7 and no bit more
+    pieces = [(None, tokens) for tokens in cut_noise(length - n_facts, noise, rng)]
+    offsets = itertools.accumulate((len(tokens) for _, tokens in pieces), initial=0)
+    gaps = [gap for gap, offset in enumerate(offsets) if low <= offset <= high - n_facts]
     if not gaps:
-        raise ValueError(f"no sentence ends in the part {facts_in[0]:g} to {facts_in[1]:g} of "
-                         f"{length} tokens of context")
+        raise TooLong(f"{n_facts} tokens of facts do not fit between sentences of the part "
+                      f"{facts_in[0]:g} to {facts_in[1]:g} of {length} tokens of context")
     places = sorted(rng.choices(gaps, k=len(facts)))
-    tokens, placed = [], 0
-    for gap in range(len(offsets)):
-        while placed < len(facts) and places[placed] == gap:
-            tokens += facts[placed]
-            placed += 1
-        if gap < len(sentences):
-            tokens += sentences[gap]
-    return tokens
+    for place, fact in zip(reversed(places), reversed(facts)):  # from the end: gaps stay in place
+        pieces.insert(place, fact)
+    return pieces
 
 
 # --------------------------------------------------------------------------------------------
@@ -602,7 +697,7 @@ def make_encoding(tokens, pattern=PATTERN):
 def load_encoding(name, counts=None):
     """"words" (built in), a name tiktoken knows ("gpt2": it downloads once) or a tiktoken file.
 
-    Raises ValueError, in one line, if there is no such tokenizer or it cannot be had.
+    Raises BadInput if there is no such tokenizer or it cannot be had.
     """
     if name == "words":
         return word_encoding(counts)
@@ -615,20 +710,23 @@ def load_encoding(name, counts=None):
             ranks = {}
         if sorted(ranks.values()) != list(range(len(ranks))) or \
                 not {bytes([b]) for b in range(256)} <= set(ranks):
-            raise ValueError(f"{name} is not a whole tiktoken rank file")
+            raise BadInput(f"{name} is not a whole tiktoken rank file")
         return make_encoding(sorted(ranks, key=ranks.get))
     if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"no tokenizer {name!r}: use words, a tiktoken file, or one of "
+        raise BadInput(f"no tokenizer {name!r}: use words, a tiktoken file, or one of "
                          f"{', '.join(tiktoken.list_encoding_names())}")
     try:
         known = tiktoken.get_encoding(name)
     except Exception as error:  # whatever the network throws
-        raise ValueError(f"tiktoken could not download {name} ({type(error).__name__}); "
+        raise BadInput(f"tiktoken could not download {name} ({type(error).__name__}); "
                          "use --tokenizer=words, which needs no network") from None
     # without special tokens, and numbered without holes
     return make_encoding(sorted(known._mergeable_ranks, key=known._mergeable_ranks.get),
                          known._pat_str)
 
+
+# --------------------------------------------------------------------------------------------
+# From samples to tokens, and the curriculum
 
 @lru_cache(maxsize=2**16)
 def encode(encoding, text):
@@ -636,37 +734,31 @@ def encode(encoding, text):
     return tuple(encoding.encode_ordinary(text))
 
 
-# --------------------------------------------------------------------------------------------
-# From samples to tensors, and the scores
+def encode_questions(sample, encoding):
+    """(tokens, answers): all questions with their answers, and the same with -1 where nothing is
+    scored. An answer has a space before and a full stop behind."""
+    tokens, answers = [], []
+    for question in sample.questions:
+        asked = encode(encoding, f" {question.text}")
+        answer = encode(encoding, f" {question.answer}.")
+        tokens += asked + answer
+        answers += (-1,) * len(asked) + answer
+    return tokens, answers
 
-def answer_text(answer):
-    """An answer as the model says it: a space before, a full stop behind."""
-    return f" {answer}."
 
-
-def to_tokens(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0, 1.0),
-              bare=False):
+def to_tokens(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0, 1.0), behind=0):
     """(tokens, targets) of one sample: context, then questions with their answers.
 
     `targets` holds the next token where it belongs to an answer, -1 everywhere else. With a
-    `length` the facts are hidden in noise and there are exactly `length` tokens in all; without
-    one there is no noise (BABILong's 0K). A `bare` sample has its noise behind the questions
-    instead, where it hides nothing. Raises ValueError if the facts do not fit.
+    `length` the facts are hidden in noise, see `hide_facts`, and there are exactly `length` tokens
+    in all, the last `behind` of them noise behind the questions. Raises TooLong if nothing fits.
     """
-    end, scored = [], []
-    for question in sample.questions:
-        asked = encode(encoding, f" {question.text}")
-        answer = encode(encoding, answer_text(question.answer))
-        end += asked + answer
-        scored += [False] * len(asked) + [True] * len(answer)
-    facts = [encode(encoding, f" {fact}") for fact in sample.facts]
-    story, behind = [token for fact in facts for token in fact], []
-    if bare:
-        behind = hide([], length - len(story) - len(end), noise, rng)
-    elif length is not None:
-        story = hide(facts, length - len(end), noise, rng, facts_in)
-    targets = [-1] * len(story) + [t if s else -1 for t, s in zip(end, scored)]
-    return story + end + behind, targets[1:] + [-1] * (len(behind) + 1)
+    questions, answers = encode_questions(sample, encoding)
+    context = hide_facts(sample, encoding, length and length - behind, noise, rng, facts_in)
+    tokens = [token for _, piece in context for token in piece]
+    targets = [-1] * len(tokens) + answers + [-1] * (behind + 1)
+    rest = [token for piece in cut_noise(behind, noise, rng) for token in piece]
+    return tokens + questions + rest, targets[1:]
 
 
 def stack(pairs):
@@ -674,10 +766,132 @@ def stack(pairs):
     return tuple(torch.from_numpy(np.array(rows, np.int64)) for rows in zip(*pairs))
 
 
-def answer_span(targets):
-    """How many positions at the end of targets (B, T) hold all that is scored."""
-    return targets.size(1) - int((targets >= 0).any(dim=0).nonzero()[0])
+def rows_of(length, batch_size, batch_tokens, processes=1):
+    """How many contexts of so many tokens are in a batch; each process has as many."""
+    return max(1, min(batch_size, batch_tokens // length) // processes) * processes
 
+
+@dataclass
+class Curriculum:
+    """What each training step shows: short contexts first, and long ones for who is ready.
+
+    Lengths are counted in units of 64 tokens, a segment of the default model. `stage` is, for each
+    task, how many units its longest contexts have, and `running` the mean of its accuracy. A task
+    begins with one unit, where no memory is needed. When it has come `threshold` of the way from
+    chance to all right, its stage grows by half and the mean begins anew. The more of a task's
+    answers are wrong, the more rows it gets.
+
+    All contexts of a step are of one length, 1 to 8 units or a multiple of 8: few shapes, as a
+    device prepares itself for each. Batches are a function of the seed, the step, `stage` and
+    `running`: a resumed run sees the same.
+    Raises BadInput where the stories of a task do not fit into a unit.
+    """
+    tasks: tuple
+    encoding: tiktoken.Encoding
+    noise: Callable         # see `make_noise`
+    seed: int
+    steps: int              # of the whole training
+    context: int            # tokens of the longest contexts
+    batch_size: int         # most rows
+    batch_tokens: int       # most tokens of all rows
+    questions: int          # most in a row
+    threshold: float
+    processes: int = 1      # each of them gets as many rows
+
+    UNIT = 64       # tokens
+    BARE = 0.4      # of a mixture's steps, those that show bare stories
+    LONG = 0.3      # of the others, those with more than DENSE units, when a stage allows them
+    DENSE = 4       # so many units are still dense with facts
+    SPREAD = 0.5    # of their rows, those whose facts lie anywhere; else in the first part alone
+    BEHIND = 0.7    # of their rows, those that end in noise: questions end anywhere, as in life
+
+    def __post_init__(self):
+        self.stage, self.running = dict.fromkeys(self.tasks, 1), dict.fromkeys(self.tasks, 0.0)
+        for task in self.tasks:  # found now, not when training is under way
+            rng = random.Random(f"{self.seed} {task}")
+            if not any(self.length(self.draw(rng, [task])[1]) <= self.UNIT for _ in range(50)):
+                raise BadInput(f"--questions={self.questions}: the stories of {task} do not fit "
+                               f"with so many into {self.UNIT} tokens, where training begins")
+
+    def batch(self, step):
+        """tokens (B, T), targets (B, T), -1 where nothing is scored, and each row's task (B,), as
+        its number in `tasks`; all int64."""
+        rng = random.Random(f"{self.seed} {step}")
+        bare = len(self.tasks) > 1 and rng.random() < self.BARE
+        tasks, pairs = zip(*(self.bare_rows if bare else self.noisy_rows)(rng))
+        return *stack(pairs), torch.tensor([self.tasks.index(task) for task in tasks])
+
+    def noisy_rows(self, rng):
+        """[(task, (tokens, targets))] of stories in noise, as long as one task's stage allows.
+
+        The bank must hold facts for long where they are few, or lie in the first part alone.
+        """
+        stage = self.stage[rng.choice(self.tasks)]
+        units = rng.randint(min(2, stage), min(stage, self.DENSE))
+        if stage > self.DENSE and rng.random() < self.LONG:
+            units = rng.randint(self.DENSE, stage)
+        units -= units % 8 if units > 8 else 0
+        length = units * self.UNIT
+        ready = [task for task in self.tasks if self.stage[task] >= units]
+        rows, refused = [], 0
+        while len(rows) < rows_of(length, self.batch_size, self.batch_tokens, self.processes):
+            task, sample = self.draw(rng, ready, max(4, length // 8))
+            until = 1.0 if rng.random() < self.SPREAD else rng.uniform(0.4, 1.0)
+            spare = min(self.UNIT - 1, length - self.length(sample))
+            behind = rng.randint(0, spare) if spare > 0 and rng.random() < self.BEHIND else 0
+            try:
+                rows.append((task, to_tokens(sample, self.encoding, length, self.noise, rng,
+                                             (0.0, until), behind)))
+            except TooLong as error:  # the next story may fit
+                refused += 1
+                if refused > 100000:
+                    raise BadInput(f"{task}: {error}; use fewer --questions") from None
+        return rows
+
+    def bare_rows(self, rng):
+        """[(task, (tokens, targets))] as at 0K, which a mixture does not learn along: whole stories
+        of all tasks, each about as long as the next, with noise behind, where it hides nothing."""
+        drawn = [self.draw(rng, self.tasks) for _ in range(3 * self.batch_size)]
+        drawn.sort(key=lambda story: self.length(story[1]))
+        end = rng.randint(self.batch_size, len(drawn))
+        longest = self.length(drawn[end - 1][1])
+        length = -(-longest // self.UNIT) * self.UNIT
+        n_rows = rows_of(length, self.batch_size, self.batch_tokens, self.processes)
+        return [(task, to_tokens(sample, self.encoding, length, self.noise, rng,
+                                 behind=length - self.length(sample)))
+                for task, sample in drawn[end - n_rows:end]]
+
+    def draw(self, rng, tasks, most=1000):
+        """(a task, its story of at most so many facts, few in the first stages, and questions)."""
+        # by what it gets wrong; half of its questions may be easier ones, on the way to it
+        task = rng.choices(tasks, [0.05 + (1 - self.running[task]) * (2 if TASKS[task].along else 1)
+                                   for task in tasks])[0]
+        if self.stage[task] < 4:
+            most = min(most, 4 * max(1, self.stage[task] - 1))
+        window = rng.choice((WINDOW, None))  # bAbI's own rule, or about anything
+        return task, make_sample(task, rng, self.questions, most, window)
+
+    def length(self, sample):
+        """Tokens of a sample without noise."""
+        return len(to_tokens(sample, self.encoding)[0])
+
+    def note(self, step, right, asked, rows):
+        """Note how many answers were right in a step, how many were asked, and how many rows there
+        were, {task: count} each; tasks that are ready go on to longer contexts."""
+        for task in filter(asked.get, self.tasks):
+            # a mean of about the last 33 steps, of a mixture's more as it has fewer of the rows
+            weight = min(0.1, 0.03 * len(self.tasks) * rows[task] / sum(rows.values()))
+            self.running[task] += weight * (right[task] / asked[task] - self.running[task])
+            chance, stage = 1 / TASKS[task].n_answers, self.stage[task]
+            most = self.context // self.UNIT
+            bar = self.threshold * (1 - step / self.steps / 3)  # a hard task moves on at last
+            if self.running[task] - chance > bar * (1 - chance) and stage < most:
+                self.stage[task] = min(most, stage + max(1, stage // 2))
+                self.running[task] = 0.0
+
+
+# --------------------------------------------------------------------------------------------
+# The scores
 
 def hits(logits, targets):
     """(B,) bool: every answer of the row exactly right. logits (B, K, vocab), targets (B, K).
@@ -691,11 +905,11 @@ def hits(logits, targets):
 @torch.no_grad()
 def answered(model, tokens, targets):
     """(B,) bool: which rows (B, T) the model answers right."""
-    span = answer_span(targets)
+    last = tokens.size(1) - int((targets >= 0).any(dim=0).nonzero()[0])  # these hold all answers
     if not model.n_banks:  # without a memory it is shown all that its window can hold
-        tokens = tokens[:, -max(model.config.block_size, span):]
-    logits = model(tokens.to(model.device), last=span)[0]
-    return hits(logits.cpu(), targets[:, -span:])
+        tokens = tokens[:, -max(model.config.block_size, last):]
+    logits = model(tokens.to(model.device), last=last)[0]               # (B, last, vocab)
+    return hits(logits.cpu(), targets[:, -last:])
 
 
 @torch.no_grad()
@@ -709,7 +923,7 @@ def answered_by_bank(model, tokens, targets):
     border = (tokens.size(1) - 1) // model.config.block_size * model.config.block_size
     tokens, targets = tokens.to(model.device), targets[:, border:]
     fresh = model.fresh_memory(len(tokens))
-    memory = model.read(tokens[:, :border], last=1)[1] if border else fresh
+    memory = model.hidden_states(tokens[:, :border], last=1)[1] if border else fresh
     banks = {"memory": memory.banks, "wiped": fresh.banks,
              "swapped": memory.banks.roll(1, dims=0)}
     return {name: hits(model(tokens[:, border:], memory=memory._replace(banks=bank))[0].cpu(),
@@ -744,15 +958,10 @@ def shortcuts(task, samples):
             "last mentioned": right / n}
 
 
-def split(text):
-    """The sentences of a context. What was cut short and has no end goes with the next one."""
-    return [found.strip() for found in re.findall(r"[^.?!]*[.?!]|[^.?!]+$", text)]
-
-
 def bm25(sentences, question, k1=1.5, b=0.75):
     """How well each sentence fits the question: Okapi BM25 (Robertson et al. 1994)."""
     bags = [Counter(re.findall(r"\w+", sentence.lower())) for sentence in sentences]
-    mean = sum(bag.total() for bag in bags) / len(bags)
+    mean = sum(bag.total() for bag in bags) / len(bags) or 1.0  # there may be no word at all
     scores = [0.0] * len(bags)
     for word in set(re.findall(r"\w+", question.lower())):
         n = sum(word in bag for bag in bags)
@@ -763,19 +972,17 @@ def bm25(sentences, question, k1=1.5, b=0.75):
     return scores
 
 
-def retrieve(context, sample, n_best):
-    """The sample, told by those n sentences of its context that fit its question best.
+def retrieve(sentences, sample, n_best):
+    """The sample, told by those n of its context's sentences that fit its question best.
 
     They keep their order; of equals the latest are taken.
     """
-    sentences = split(context)
     scores = bm25(sentences, sample.questions[0].text)
     best = sorted(range(len(scores)), key=lambda i: (scores[i], i))[-n_best:]
     return Sample(tuple(sentences[i] for i in sorted(best)), sample.questions)
 
 
-@torch.no_grad()
-def score(model, encoding, samples, length, noise, rng, n_best=0, most=2**17):
+def score(model, encoding, samples, length, noise, rng, n_best=0, facts_in=(0.0, 1.0), most=2**17):
     """[(sample, right)] for those samples of one question each that fit into `length` tokens.
 
     Length 0 is the bare story without noise. With `n_best` the model is shown so many sentences,
@@ -793,13 +1000,15 @@ def score(model, encoding, samples, length, noise, rng, n_best=0, most=2**17):
         samples = sorted(samples, key=lambda s: len(to_tokens(s, encoding)[0]))
     for sample in samples:
         try:
-            pair = to_tokens(sample, encoding, length or None, noise, rng)
-        except ValueError:  # the facts do not fit; BABILong leaves such samples out as well
+            if n_best:
+                pieces = hide_facts(sample, encoding, length or None, noise, rng, facts_in)
+                sentences = [encoding.decode(tokens).strip() for _, tokens in pieces]
+                told = retrieve([s for s in sentences if s], sample, n_best)
+                pair = to_tokens(told, encoding)
+            else:
+                pair = to_tokens(sample, encoding, length or None, noise, rng, facts_in)
+        except TooLong:  # BABILong leaves such samples out as well
             continue
-        if n_best:
-            text = encoding.decode(pair[0])
-            text = text[:text.rindex(sample.questions[0].text)]
-            pair = to_tokens(retrieve(text, sample, n_best), encoding)
         if batch and (len(batch) * len(pair[0]) >= most or len(batch[0][1][0]) != len(pair[0])):
             answer()
         batch.append((sample, pair))
@@ -813,14 +1022,14 @@ def shorten(length):
     return f"{length // 1024}k" if length % 1024 == 0 and length else str(length)
 
 
-def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0):
+def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0, facts_in=(0.0, 1.0)):
     """Print accuracies, tasks by lengths, and under them the shortcuts; returns the cells.
 
     samples  {task: list of samples of one question each}
     lengths  {tokens (0: no noise): how many of the samples to take}
     n_best   0, or how many sentences BM25 picks for the model, see `retrieve`
     Cells are dictionaries, one for each task and length.
-    Raises ValueError where no sample fits into a length.
+    Raises BadInput where no sample fits into a length.
     """
     cells, notes = {}, []
     print("\nexact match ± standard error")
@@ -830,9 +1039,9 @@ def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0):
         print(f"{task:8}", end="", flush=True)
         for length, count in lengths.items():
             rng, chosen = random.Random(f"score {seed} {task} {length}"), samples[task][:count]
-            scored = score(model, encoding, chosen, length, noise, rng, n_best)
+            scored = score(model, encoding, chosen, length, noise, rng, n_best, facts_in)
             if not scored:
-                raise ValueError(f"{length} tokens are too few for the facts of {task}")
+                raise BadInput(f"--lengths: {length} tokens are too few for the facts of {task}")
             n, accuracy = len(scored), sum(right for _, right in scored) / len(scored)
             error = (accuracy * (1 - accuracy) / n) ** 0.5
             cells[task, length] = {"task": task, "tokens": length, "samples": n,
@@ -847,10 +1056,10 @@ def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0):
              for length in lengths]
     print("mean    " + "".join(f"  {mean:.3f}       " for mean in means))
     print("\n".join(notes))
-    first = next(iter(lengths))
-    print(f"{f'shortcuts at {shorten(first)}':18}" + "".join(f"{task:>7}" for task in samples))
-    for name in ("best constant", "last mentioned"):
-        print(f"{name:18}" + "".join(f"{cells[task, first][name]:7.3f}" for task in samples))
+    print("what shortcuts reach: best constant / last mentioned")
+    for task in samples:
+        print(f"{task:8}" + "".join(f"  {cell['best constant']:.3f} /{cell['last mentioned']:.3f}"
+                                    for cell in (cells[task, length] for length in lengths)))
     return list(cells.values())
 
 
@@ -871,7 +1080,7 @@ def proof_table(model, encoding, tasks, lengths, noise, seed=0):
         for length, count in lengths.items():
             rng, fit = random.Random(f"proof {seed} {length}"), []
             for sample in samples[:count]:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(TooLong):
                     fit.append((sample, to_tokens(sample, encoding, length, noise, rng, (0, 0.5))))
             right = Counter()
             size = 50 + (len(fit) % 50 == 1)  # one alone has nobody to swap banks with
@@ -888,102 +1097,133 @@ def proof_table(model, encoding, tasks, lengths, noise, seed=0):
     return table
 
 
+def test_samples(tasks, count, folder="", seed=0):
+    """{task: samples of one question each}: all in the real files in `folder`, or `count` new."""
+    samples = {}
+    for task in tasks:
+        rng = random.Random(f"score {seed} {task}")
+        samples[task] = read_babi(find_babi(folder, task)) if folder else \
+            [make_sample(task, rng) for _ in range(count)]
+        if folder:
+            rng.shuffle(samples[task])
+    return samples
+
+
 # --------------------------------------------------------------------------------------------
-# Flags: the fields of a dataclass are the flags of a script
+# What the scripts share: errors, files, devices, and flags that are the fields of a dataclass
 
-def die(message):
-    """One clear line on stderr and exit status 2, whatever the input that it quotes."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
-    print("error:", line if len(line) < 800 else f"{line[:500]} ... {line[-200:]}", file=sys.stderr)
-    sys.exit(2)
+def printable(text):
+    """Text that came from outside, with its control characters escaped: safe for a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
-@contextlib.contextmanager
-def or_die(prefix=""):
-    """What goes wrong in this context with files or values ends in one line and exit status 2."""
-    try:
-        yield
-    except UnicodeDecodeError:
-        die(f"{prefix}not a text in UTF-8")
-    except (OSError, ValueError) as error:
-        die(f"{prefix}{error}")
+def install_error_hook():
+    """A script's first call: bad input ends it with one line and status 2, a bug with a traceback.
 
-
-def calm_streams():
-    """No closed stream, strange character or Ctrl-C may end a script in a traceback."""
+    No closed stream, strange character, Ctrl-C or reader that goes away ends it in a traceback.
+    """
     def hook(kind, error, trace):
-        if issubclass(kind, (BrokenPipeError, KeyboardInterrupt)):
-            os._exit(141 if kind is BrokenPipeError else 130)  # as a shell reports them
-        sys.__excepthook__(kind, error, trace)
+        if kind is BrokenPipeError:
+            os._exit(141)  # as a shell reports it; flushing the stream would fail once more
+        if kind is KeyboardInterrupt:
+            sys.exit(130)
+        if issubclass(kind, OSError) and error.strerror:
+            error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        elif not issubclass(kind, BadInput):
+            return sys.__excepthook__(kind, error, trace)
+        line = printable(error)
+        line = line if len(line) < 800 else f"{line[:500]} ... {line[-200:]}"
+        print("error:", line, file=sys.stderr)
+        sys.exit(2)
 
     sys.excepthook = hook
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, mode))
-        elif mode == "w":
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        elif mode == "w" and hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")
 
 
-def die_unless_new(name, path):
-    """No file is overwritten: one line and exit 2 if there is one, or none can be written there."""
+def must_be_new(flag, path):
+    """No file is overwritten: BadInput if there is one, or none can be written there."""
     if os.path.exists(path):
-        die(f"--{name}={path}: is there already; remove it or choose another name")
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        die(f"--{name}={path}: no such folder")
-    try:
-        with open(path, "x"):
-            pass
-        os.remove(path)
-    except OSError as error:
-        die(f"--{name}={path}: cannot write there ({error.strerror})")
+        raise BadInput(f"--{flag}={path}: is there already; remove it or choose another name")
+    with open(path, "x"):
+        pass
+    os.remove(path)
 
 
 @contextlib.contextmanager
 def replaced(path, mode, **kwargs):
     """A file to write beside `path`, which takes its place when all is written, or never."""
     try:
-        with open(f"{path}.new", mode, **kwargs) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.new", path)
-    finally:
-        if os.path.exists(f"{path}.new"):
-            os.remove(f"{path}.new")
+        with tempfile.TemporaryDirectory(prefix=".", dir=os.path.dirname(path) or ".") as folder:
+            with open(os.path.join(folder, "new"), mode, **kwargs) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            for wait in (0.1, 0.4, 1.5, 4, 0):  # seconds
+                try:
+                    return os.replace(file.name, path)
+                except PermissionError:  # on Windows, where a virus scanner may read the old one
+                    if not wait:
+                        raise
+                    time.sleep(wait)
+    except OSError as error:
+        why = f"{error.strerror}; maybe another program has it open" \
+            if isinstance(error, PermissionError) else error.strerror
+        raise OSError(error.errno, why, path) from None
 
 
 def write_csv(path, rows, columns):
     """Dictionaries as a CSV file, whole or not at all; other keys than `columns` are left out."""
-    with replaced(path, "w", newline="") as file:
+    with replaced(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def read_csv(path, columns):
-    """The rows of a CSV file; ValueError if it lacks one of the columns."""
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(file)
+    """The rows of a CSV file; BadInput if it lacks one of the columns."""
+    with contextlib.suppress(csv.Error):
+        reader = csv.DictReader(read_text(path).splitlines())
         rows = list(reader)
-    if not set(columns) <= set(reader.fieldnames or ()):
-        raise ValueError(f"{path} is not as this script wrote it; move it away")
-    return rows
+        if set(columns) <= set(reader.fieldnames or ()):
+            return rows
+    raise BadInput(f"{path} is not as this script wrote it; move it away")
+
+
+SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "ten-tasks.pt")
+
+
+def find_checkpoint(path=""):
+    """The checkpoint named, or else that of the last training here, or else the one that ships."""
+    for found in (path,) if path else (os.path.join("out", "ckpt.pt"), SHIPPED):
+        if os.path.isfile(found):
+            return found
+    raise BadInput(f"no checkpoint {found}; train one first: python train.py")
 
 
 def find_device(name):
-    """"auto" becomes cuda, mps or cpu, whichever is there first. ValueError if `name` is not."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
-    if name == "auto":
-        return next(kind for kind in have if have[kind])
-    if not have.get(name.split(":")[0]):
-        there = ", ".join(kind for kind in have if have[kind])
-        raise ValueError(f"--device={name}: not on this machine; it has {there}")
-    try:
-        torch.empty(1, device=name)
-    except RuntimeError:
-        raise ValueError(f"--device={name}: no such device here") from None
-    return name
+    """A device that computes: the one named, or for "auto" cuda, mps or cpu, whichever does first.
+
+    Raises BadInput, and for "auto" prints, why one that is there does not.
+    """
+    if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d{1,3})?", name):
+        raise BadInput(f"--device={name}: there are auto, cpu, cuda and mps")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    for device in [kind for kind in there if there[kind]] if name == "auto" else [name]:
+        try:  # a card too old for this PyTorch is there, and fails at its first real work
+            x = torch.ones(8, 8, device=device)
+            (x @ x).sum().item()
+            return device
+        except (RuntimeError, AssertionError) as error:
+            why = (str(error) or type(error).__name__).strip().splitlines()[0]
+        if name != "auto":
+            raise BadInput(f"--device={name} cannot be used: {why}")
+        print(f"{device} is there but cannot be used: {printable(why)}")
 
 
 def flag(default, help, least=None, most=10**9, choices=None):
@@ -992,14 +1232,12 @@ def flag(default, help, least=None, most=10**9, choices=None):
                                             "limits": None if least is None else (least, most)})
 
 
-def span(text):
+def fraction_range(text):
     """"0.0,0.5" as (0.0, 0.5)."""
-    try:
-        low, high = (float(part) for part in text.split(","))
+    with contextlib.suppress(ValueError):
+        low, high = map(float, text.split(","))
         if 0 <= low < high <= 1:
             return low, high
-    except ValueError:
-        pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a part like 0.0,0.5 between 0 and 1")
 
 
@@ -1011,233 +1249,128 @@ def token_counts(text):
                  for part in text.lower().split(","))
 
 
+def flag_text(value):
+    """A value as it is given on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def parse_flags(config_class, description, argv=None):
     """Read `--name=value` flags into a dataclass.
 
-    One line and exit status 2 for flags that are unknown, shortened or outside their limits.
+    Raises BadInput for flags that are unknown, shortened or outside their limits.
     """
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            die(f"{message} (see {self.prog} --help)")
+            raise BadInput(f"{message} (see {self.prog} --help)")
 
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(config_class):
-        shown = f.metadata["help"] if f.default in (None, "", ()) or f.default is False else \
-            f"{f.metadata['help']} ({f.default})"
-        if f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction,
-                                default=f.default, help=shown)
-        else:
-            parser.add_argument(f"--{f.name}", type=f.type,
-                                default=f.default, choices=f.metadata["choices"], help=shown,
-                                metavar=f.name.upper() if not f.metadata["choices"] else None)
+        default = "" if f.default in (None, "", (), False) else f" ({flag_text(f.default)})"
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
+            "type": f.type, "choices": f.metadata["choices"],
+            "metavar": None if f.metadata["choices"] else f.name.upper()}
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + default,
+                            **kind)
     config = config_class(**vars(parser.parse_args(argv)))
     for f in fields(config_class):
         value, limits = getattr(config, f.name), f.metadata["limits"]
         if isinstance(value, list):  # how argparse reads --name=--
-            die(f"--{f.name}: expected one argument")
+            raise BadInput(f"--{f.name}: expected one argument")
         if limits and not limits[0] <= value <= limits[1]:
-            die(f"--{f.name}={value}: it must be a number from {limits[0]:g} to {limits[1]:g}")
+            raise BadInput(f"--{f.name}={value}: it must be a number from {limits[0]:g} to "
+                           f"{limits[1]:g}")
     return config
 
 
 def as_flags(config):
     """The command-line flags that make `parse_flags` give this dataclass."""
-    given = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if value != f.default:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            given.append(f"--{f.name}={text}" if not isinstance(value, bool) else
-                         f"--{f.name}" if value else f"--no-{f.name}")
-    return given
-
-
-def matplotlib():
-    """matplotlib.pyplot to draw files with, or None and a hint: it is no required package."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        return plt
-    except ImportError:
-        print("\n(pip install matplotlib, and this ends with a picture)")
-
-
-def draw(path, panels, xlabel, ylabel):
-    """Draw {title: {label: {x: [a value for each seed]}}}: means, and bands to lowest and highest.
-
-    With an `ylabel` "accuracy" x are lengths of contexts. No picture without matplotlib.
-    """
-    plt = matplotlib()
-    if not plt:
-        return
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels) + 1.5, 4), sharey=True,
-                                squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes[0], panels.items()):
-        for i, (label, values) in enumerate(lines.items()):
-            style = "k:" if label in ("chance", "last mentioned") else \
-                "-" + "os^vDPX*<>hd"[i % 12] * (ylabel == "accuracy")
-            axis.plot(list(values), [sum(v) / len(v) for v in values.values()], style, label=label)
-            axis.fill_between(list(values), [min(v) for v in values.values()],
-                              [max(v) for v in values.values()], alpha=0.15)
-        axis.set(title=title, xlabel=xlabel)
-        if ylabel == "accuracy":
-            ticks = sorted({x for values in lines.values() for x in values})
-            axis.set_xscale("symlog", base=2, linthresh=1024)
-            axis.set(ylim=(0, 1.03), xticks=ticks, xticklabels=[shorten(x) for x in ticks])
-        axis.minorticks_off()
-    axes[0, 0].set_ylabel(ylabel)
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    try:
-        figure.savefig(path, dpi=130)
-        print(f"\npicture: {path}", flush=True)
-    except OSError as error:  # the numbers are there all the same
-        print(f"\nno picture: {path} cannot be written ({error.strerror})", flush=True)
-    plt.close(figure)
+    changed = {f.name: getattr(config, f.name) for f in fields(config)
+               if getattr(config, f.name) != f.default}
+    return [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else
+            f"--{name}={flag_text(value)}" for name, value in changed.items()]
 
 
 # --------------------------------------------------------------------------------------------
-# Print samples, statistics or scores
+# Print samples or scores
 
 @dataclass
 class Flags:
     # samples
     task: str = flag("qa1", "which task to print samples of", choices=tuple(TASKS))
-    samples: token_counts = flag((), "how many: of the task (3), or for each of --lengths (200,50)")
+    samples: token_counts = flag((), "how many: of the task (3), or for each of --lengths (100)")
     length: int = flag(128, "tokens in all, question and answer included; 0 = no noise", 0)
-    facts_in: span = flag((0.0, 1.0), "the part of the context that holds the facts: 0.0,0.5")
+    facts_in: fraction_range = flag((0.0, 1.0), "the part of the context that holds the facts")
     babi_dir: str = flag("", "folder of real bAbI files to take the stories from")
     noise: str = flag("", "texts to hide the facts in, instead of the built-in noise: a.txt,b.txt")
     seed: int = flag(0, "seed of stories, noise and mixing")
-    # statistics
-    stats: bool = flag(False, "compare generated stories with the released files instead")
     # scores
+    score: bool = flag(False, "score out/ckpt.pt, or without one results/ten-tasks.pt, instead")
     ckpt: str = flag("", "score this checkpoint of train.py instead")
     tasks: str = flag("", "tasks to score: qa1,qa2 or all (those it was trained on)")
-    lengths: token_counts = flag((0, 1024, 4096), "tokens of context: 0,1k,4k (0 = no noise)")
+    lengths: token_counts = flag((0, 1024, 4096), "tokens of context, 0 = no noise")
     retrieve: int = flag(0, "show the model only so many sentences, those BM25 finds best", 0)
-    csv: str = flag("", "where to write the scores (babilong.csv beside the checkpoint)")
+    csv: str = flag("", "write the scores to this file, too")
     device: str = flag("auto", "auto, cpu, cuda or mps")
-
-
-def load_babi(folder, task):
-    """All samples of the real file of `task` in `folder`; one clear line if that cannot be."""
-    with or_die("--babi_dir: "):
-        return read_babi(find_babi(folder, task))
-
-
-def test_samples(tasks, count, folder="", seed=0):
-    """{task: samples of one question each}: all in the real files in `folder`, or `count` new."""
-    samples = {}
-    for task in tasks:
-        rng = random.Random(f"score {seed} {task}")
-        if folder:
-            samples[task] = load_babi(folder, task)
-            rng.shuffle(samples[task])
-        else:
-            samples[task] = [make_sample(task, rng) for _ in range(count)]
-    return samples
-
-
-def book_names(names):
-    """The texts that a flag like `--noise=a.txt,b.txt` names."""
-    return [name for name in names.split(",") if name]
-
-
-def load_noise(names, encoding, seed):
-    """The noise that `--noise=a.txt,b.txt` names, the built-in one without names; or one line."""
-    books = book_names(names)
-    with or_die("--noise: "):
-        return book_noise(encoding, books) if books else make_noise(encoding, seed)
 
 
 def print_samples(flags):
     rng = random.Random(flags.seed)
     encoding = word_encoding()
     noise = load_noise(flags.noise, encoding, flags.seed)
-    real = load_babi(flags.babi_dir, flags.task) if flags.babi_dir else None
+    real = read_babi(find_babi(flags.babi_dir, flags.task)) if flags.babi_dir else None
     for number in range(1, flags.samples[0] + 1):
         sample = rng.choice(real) if real else make_sample(flags.task, rng)
         question = sample.questions[0]
         try:
-            tokens, _ = to_tokens(sample, encoding, flags.length or None, noise, rng,
-                                  flags.facts_in)
-        except ValueError as error:
-            die(f"{error}; use a larger --length or a wider --facts_in")
-        text = encoding.decode(tokens)
-        print(f"--- {flags.task}, sample {number}: {len(tokens)} tokens, {len(sample.facts)} facts")
-        support = [sample.facts[i] for i in question.support]
-        for sentence in split(text[:text.rindex(question.text)]):
-            mark = ">>" if sentence in support else " >" if sentence in sample.facts else "  "
-            print(mark, sentence)
-        print(f"   {question.text}  ->  {question.answer}")
+            pieces = hide_facts(sample, encoding, flags.length or None, noise, rng,
+                                flags.facts_in)
+        except TooLong as error:
+            raise BadInput(f"{error}; use a larger --length or a wider --facts_in") from None
+        n_tokens = len(encode_questions(sample, encoding)[0]) + sum(len(t) for _, t in pieces)
+        print(f"--- {flags.task}, sample {number}: {n_tokens} tokens, {len(sample.facts)} facts")
+        for fact, tokens in pieces:
+            mark = "  " if fact is None else ">>" if fact in question.support else " >"
+            if sentence := encoding.decode(tokens).strip():  # one that was cut may have no word
+                print(mark, printable(sentence))
+        print("  ", printable(f"{question.text}  ->  {question.answer}"))
     print("\n>> supporting fact   > other fact   the rest is noise")
 
 
-RELEASED = {  # files, 10k train (qa3 1k): mean facts per question, answers in percent
-    "qa1": (6.0, "bathroom 17.3, garden 16.6, office 16.6, hallway 16.6, bedroom 16.4"),
-    "qa2": (15.6, ""), "qa3": (50.0, ""), "qa4": (2.0, ""),
-    "qa5": (20.1, "Mary 18.5, Fred 17.5, Bill 15.9, Jeff 14.5, apple 13.7, football 10.8"),
-    "qa6": (6.3, "yes 50.1, no 49.9"), "qa7": (8.7, "one 48.7, none 47.0, two 4.1, three 0.2"),
-    "qa8": (8.8, "nothing 36.2"), "qa9": (6.0, "no 62.5, yes 37.5"),
-    "qa10": (6.0, "no 47.5, yes 37.7, maybe 14.7")}
-
-
-def print_statistics(flags, count=2000):
-    """Facts per question and shares of answers: generated, as released, and as in --babi_dir."""
-    for task in TASKS:
-        rng = random.Random(flags.seed)
-        made = [make_sample(task, rng) for _ in range(count)]
-        mean, shares = RELEASED[task]
-        print(f"{task:5} released   {mean:5.1f} facts a question | {shares}")
-        real = {"real files": load_babi(flags.babi_dir, task)} if flags.babi_dir else {}
-        for name, samples in ({"generated": made} | real).items():
-            facts = [len(sample.facts) for sample in samples]
-            answers = Counter(sample.questions[0].answer for sample in samples).most_common(7)
-            print(f"      {name:10} {sum(facts) / len(facts):5.1f}, {min(facts)} to {max(facts)} | "
-                  + ", ".join(f"{answer} {100 * n / len(samples):.1f}" for answer, n in answers))
-
-
 def print_scores(flags):
-    from lm2 import LM2, load_checkpoint
+    path = find_checkpoint(flags.ckpt)
+    checkpoint = load_checkpoint(path)
+    model, encoding = LM2.load(checkpoint, find_device(flags.device))
     try:
-        device = find_device(flags.device)
-        model, encoding = LM2.load(flags.ckpt, device)
-        trained = load_checkpoint(flags.ckpt)["train"]["flags"]
-        if trained["data"] and not flags.tasks:
-            raise ValueError(f"{flags.ckpt} was trained on a text; name the --tasks to score it on")
-        tasks = parse_tasks(flags.tasks or trained["task"])
-    except ValueError as error:
-        die(error)
+        trained = checkpoint["train"]["flags"]
+        names = flags.tasks or ("" if trained["data"] else trained["task"])
     except (KeyError, TypeError):
-        die(f"{flags.ckpt} does not say what it was trained on; name the --tasks")
-    path = flags.csv or os.path.join(os.path.dirname(flags.ckpt), "babilong.csv")
-    die_unless_new("csv", path)
+        names = ""
+    if not names:
+        raise BadInput(f"{path} was trained on no bAbI task; name the --tasks to score it on")
+    tasks = parse_tasks(names)
+    if flags.csv:
+        must_be_new("csv", flags.csv)
     counts = flags.samples + (flags.samples[-1],) * len(flags.lengths)
     noise = load_noise(flags.noise, encoding, f"score {flags.seed}")
     samples = test_samples(tasks, max(flags.samples), flags.babi_dir, flags.seed)
-    print(f"{flags.ckpt}: stories {flags.babi_dir or 'generated'}, "
-          f"noise {flags.noise or 'built in'}, seed {flags.seed}")
-    with or_die("--lengths: "):
-        cells = score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise,
-                            flags.seed, flags.retrieve)
-    with or_die(f"--csv={path}: cannot write there: "):
-        write_csv(path, cells, cells[0])
-    print(f"written to {path}")
+    print(f"{path}: stories {flags.babi_dir or 'generated'}, noise {flags.noise or 'built in'}, "
+          f"seed {flags.seed}, facts in {flag_text(flags.facts_in)} of the context")
+    cells = score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise,
+                        flags.seed, flags.retrieve, flags.facts_in)
+    if flags.csv:
+        write_csv(flags.csv, cells, cells[0])
 
 
 def main():
-    calm_streams()
+    install_error_hook()
     flags = parse_flags(Flags, __doc__)
-    flags.samples = flags.samples or ((100,) if flags.ckpt else (3,))
+    scoring = flags.score or flags.ckpt
+    flags.samples = flags.samples or ((100,) if scoring else (3,))
     if min(flags.samples) < 1:
-        die("--samples must be at least 1")
-    if flags.ckpt:
+        raise BadInput("--samples must be at least 1")
+    if scoring:
         print_scores(flags)
-    elif flags.stats:
-        print_statistics(flags)
     else:
         print_samples(flags)
 

@@ -2,8 +2,8 @@
 
 A Llama-style decoder that reads long text in short segments. Attention sees its own segment
 only. What must cross a segment border goes through memory banks: every block reads its bank by
-cross-attention, and after the segment updates it through LSTM-like gates. (The local mixer, for
-its part, carries the last few token embeddings over the border.)
+cross-attention, and each segment updates it through LSTM-like gates. (The local mixer, for its
+part, carries the last few token embeddings over the border.)
 
 Here are the decoder (RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, tied
 head), the memory with a switch for each gate, the rivals memory="rmt" (Recurrent Memory
@@ -11,33 +11,36 @@ Transformer) and memory="none", a local mixer (a short causal convolution over t
 generation, Muon and loading. Not here: dropout, pretrained weights, several processes.
 
 Glossary (B batch, S segments, T tokens of a segment, N memory slots, d width, V vocabulary)
-    in the code     in the paper     shape      what it is
-    bank            M_t              B x N x d  a block's memory bank; starts as eye(N, d)
-    x               E_t, E_attn      B x T x d  token embeddings on their way through the blocks
-    recalled        E_mem            B x T x d  what the tokens read from the bank
-    output_gate     g_out            B x T x d  how much of it joins the decoder
-    candidate       (E_mem in 4-6)   B x N x d  what the slots would take up from the segment
-    input_gate      g_in             B x N x d  how much of that is written
-    forget_gate     g_forget         B x N x d  how much of the old slot stays
-    address         -                N x d      learned names of the slots, one to be read by, one
-                                                to write by (ours)
+    in the code     in the paper     shape          what it is
+    bank            M_t              B x N x d      a block's memory bank; starts as eye(N, d)
+    banks           M_0 .. M_S-1     B x S x N x d  the bank as each segment finds it
+    e               E_t              B x S x T x d  what attention and read of a block take up
+    x               E_attn, E_next   B x S x T x d  the tokens on their way through the blocks
+    recalled        E_mem            B x S x T x d  what the tokens read from the bank
+    output_gate     g_out            B x S x T x d  how much of it joins the decoder
+    news            (E_mem in 4-6)   B x S x N x d  what the slots find in a segment
+    input_gate      g_in             B x N x d      how much of that is written
+    forget_gate     g_forget         B x N x d      how much of the old slot stays
+    address         -                N x d          learned names of the slots to be read by (ours)
 
 Where this departs from the paper, and why
     * The paper's eqs. 3-6 mix T-row gates with N-row memory and only type-check for T = N. Here the
       output gate multiplies what was read, and slots collect their news by cross-attention over
       the segment's tokens, so T, N and d are free.
-    * No token may see a later one. A block reads its bank as the *previous* segments left it and
-      writes it after the segment, so causality holds by construction.
+    * No token may see a later one. A segment reads the bank as the *previous* ones left it, so
+      causality holds by construction.
     * Every block has a bank of its own; in the paper the blocks write one in turn, M_t -> M_{t+1}.
-      So none overwrites what another took up, and a block can take up many segments before the
-      next block does: attention works on all of them at once, in few large products.
-    * Gates can shut and open wholly, and each slot has its own gate biases: see `Gate`.
+      So none overwrites what another took up, and a block takes up all segments at once, in few
+      large products: only the gates' small cell runs segment by segment.
+    * What a slot looks for is learned and does not depend on what it holds, so that can be found
+      for all segments at once. The gates see both, as in an LSTM: W news + U tanh(bank) + b.
+    * Gates can shut and open wholly: see `Gate`.
     * The banks are an argument and a return value, and each document starts afresh. Nothing is kept
       between calls, and gradient flows through every segment.
 """
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -45,15 +48,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+class BadInput(ValueError):
+    """What a user gave cannot be used; the message says what is wrong and what to do."""
+
+
 @dataclass
 class LM2Config:
-    """Sizes and switches of a model. Raises ValueError where they cannot go together."""
+    """Sizes and switches of a model. Raises BadInput where they cannot go together."""
     vocab_size: int
     block_size: int = 64        # tokens in a segment
     n_layer: int = 2
     n_head: int = 4             # query heads
     n_kv_head: int = 2          # key/value heads, each shared by n_head / n_kv_head query heads
     n_embd: int = 64            # width d
+    n_hidden: int = 0           # width of the feed-forward; 0 = 8/3 n_embd, as in Llama
     conv: int = 7               # tokens the local mixer sees; 0 = no mixer
     memory: str = "lm2"         # "lm2"; "rmt", the rival; or "none" for the decoder alone
     memory_slots: int = 16      # N
@@ -61,24 +69,29 @@ class LM2Config:
     output_gate: bool = True    # False: everything that was read joins the decoder
     input_gate: bool = True     # False: always 1
     forget_gate: bool = True    # False: always 1
+    gates_see_bank: bool = True  # False: input and forget gate see the news alone
+    hard_gates: bool = True     # False: plain sigmoids, which never shut or open wholly
     address: bool = True        # False: slots have no learned names
     rope_base: float = 10000.0  # base of the rotary wavelengths
 
     def __post_init__(self):
-        limits = {name: (1, 2**31) for name in ("vocab_size", "n_head", "n_kv_head", "n_embd")} | {
-            "n_layer": (1, 1000), "block_size": (1, 2**24), "memory_slots": (1, 2**16),
-            "conv": (0, 2**31), "memory_layers": (-1, self.n_layer)}
-        for name, (least, most) in limits.items():
-            if not least <= (value := getattr(self, name)) <= most:
-                raise ValueError(f"{name} is {value}; it must be from {least} to {most}")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            least = {"conv": 0, "n_hidden": 0, "memory_layers": -1}.get(name, 1)
+            most = {"n_layer": 1000, "memory_layers": self.n_layer}.get(name, 2**20)
+            if type(value) is not field.type or \
+                    field.type in (int, float) and not least <= value <= most:
+                kind = field.type.__name__
+                raise BadInput(f"{name} is {value!r}; it must be {kind}, and if a number, from "
+                               f"{least} to {most}")
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head "
-                             f"({2 * self.n_head}): rotary positions turn pairs of channels")
+            raise BadInput(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head "
+                           f"({2 * self.n_head}): rotary positions turn pairs of channels")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head "
-                             f"({self.n_kv_head}): query heads share key/value heads evenly")
+            raise BadInput(f"n_head ({self.n_head}) must be a multiple of n_kv_head "
+                           f"({self.n_kv_head}): query heads share key/value heads evenly")
         if self.memory not in ("lm2", "rmt", "none"):
-            raise ValueError(f"memory is {self.memory!r}; use 'lm2', 'rmt' or 'none'")
+            raise BadInput(f"memory is {self.memory!r}; use 'lm2', 'rmt' or 'none'")
 
 
 # --------------------------------------------------------------------------------------------
@@ -86,7 +99,7 @@ class LM2Config:
 
 def normed(x):
     """x scaled to a root mean square of 1 over its last dimension (RMSNorm without weights)."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x.element_size() < 4:
         return F.rms_norm(x, x.shape[-1:])
     # the same: on a CPU PyTorch's takes four times as long in the backward pass
     square = torch.linalg.vecdot(x, x)[..., None] / x.size(-1)
@@ -100,37 +113,28 @@ class RMSNorm(nn.RMSNorm):
         return normed(x) * self.weight
 
 
-def attend(q, k, or_nothing=False):
-    """softmax(q k^T / sqrt(d)) with one head, as in eq. 1. q (B, Q, d), k (B, K, d) -> (B, Q, K).
-
-    With `or_nothing` there is one key more, all zero, for a query to attend to nothing.
-    """
-    scores = q @ (k / k.size(-1) ** 0.5).mT
-    return F.pad(scores, (0, 1)).softmax(-1)[..., :-1] if or_nothing else scores.softmax(-1)
-
-
 # --------------------------------------------------------------------------------------------
 # The decoder
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021) first .. first + length - 1, for `dim` channels."""
+    """Rotary positions (Su et al. 2021) 0 .. length - 1, for `dim` channels."""
 
-    def __init__(self, length, dim, base, first=0):
+    def __init__(self, length, dim, base):
         super().__init__()
         frequency = base ** (-torch.arange(0, dim, 2) / dim)                # (dim / 2)
-        angle = torch.arange(first, first + length)[:, None] * frequency    # (length, dim / 2)
+        angle = torch.arange(length)[:, None] * frequency                   # (length, dim / 2)
         self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
         self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
 
-    def forward(self, x, start=0):
-        """Turn the channel pairs of x (..., T, dim), whose first row is number `start`."""
-        rows = slice(start, start + x.size(-2) or None)                 # from the end if start < 0
-        other = x.roll(x.size(-1) // 2, dims=-1)                        # of each pair
+    def forward(self, x, first=0):
+        """Turn the channel pairs of x (..., T, dim), whose positions are first, first + 1, ..."""
+        rows = slice(first, first + x.size(-2))
+        other = x.roll(x.size(-1) // 2, dims=-1)                            # of each pair
         return (x * self.cos[rows] + other * self.sin[rows]).type_as(x)
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention within one segment."""
+    """Grouped-query self-attention within each segment."""
 
     def __init__(self, config):
         super().__init__()
@@ -143,38 +147,39 @@ class Attention(nn.Module):
         self.rotary = Rotary(config.block_size + extra, self.head_dim, config.rope_base)
 
     def forward(self, x, cache=None, mask=None):
-        """x (B, T, d) -> (B, T, d), causal unless a mask (T, T) says which positions see which.
+        """x (B, S, T, d) -> (B, S, T, d), causal unless a mask (T, T) says who sees whom.
 
         With a cache (a dictionary) x goes on where it ends; it gets x's keys and values.
         """
-        B, T, d = x.shape
-        q = self.query(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)   # (B, H, T, h)
-        kv = self.key_value(x).view(B, T, 2 * self.n_kv_head, self.head_dim)
-        k, v = kv.transpose(1, 2).chunk(2, dim=1)                                  # (B, KV, T, h)
-        start = cache["key"].size(2) if cache else 0
-        q, k = self.rotary(q, start), self.rotary(k, start)
+        T = x.size(-2)
+        q = self.query(x).view(-1, T, self.n_head, self.head_dim).transpose(1, 2)  # (B S, H, T, h)
+        kv = self.key_value(x).view(-1, T, 2 * self.n_kv_head, self.head_dim)
+        k, v = kv.transpose(1, 2).chunk(2, dim=1)                                  # (B S, KV, T, h)
+        first = cache["key"].size(2) if cache else 0
+        q, k = self.rotary(q, first), self.rotary(k, first)
         if cache:
             k, v = torch.cat((cache["key"], k), 2), torch.cat((cache["value"], v), 2)
         if cache is not None:
             cache |= {"key": k, "value": v}
+        shared = self.n_head // self.n_kv_head
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         # one token of a cached segment sees all before it: that needs no mask
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.n_head != self.n_kv_head)
-        return self.output(y.transpose(1, 2).reshape(B, T, d))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
+        return self.output(y.transpose(1, 2).reshape(x.shape))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020), 8/3 d wide as in Llama."""
+    """SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config):
         super().__init__()
-        hidden = max(8, 8 * config.n_embd // 3 // 8 * 8)
-        self.gate_up = nn.Linear(config.n_embd, 2 * hidden, bias=False)
+        hidden = config.n_hidden or max(8, 8 * config.n_embd // 3 // 8 * 8)
+        self.gate = nn.Linear(config.n_embd, hidden, bias=False)
+        self.up = nn.Linear(config.n_embd, hidden, bias=False)
         self.down = nn.Linear(hidden, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class LocalMixer(nn.Module):
@@ -191,31 +196,29 @@ class LocalMixer(nn.Module):
     def forward(self, x, tail):
         """x (B, T, d), tail (B, width - 1, d) what stood before it -> (B, T, d), the new tail."""
         x = torch.cat((tail, x), dim=1)                                 # (B, width - 1 + T, d)
-        mixed = F.conv1d(x.transpose(1, 2), self.weight, groups=x.size(-1)).transpose(1, 2)
-        return mixed.type_as(x), x[:, x.size(1) - tail.size(1):]
+        mixed = F.conv1d(x.mT.contiguous(), self.weight, groups=x.size(-1))
+        if mixed.requires_grad:  # MPS before PyTorch 2.6 needs it to be contiguous as well
+            mixed.register_hook(torch.Tensor.contiguous)
+        return mixed.mT.type_as(x), x[:, x.size(1) - tail.size(1):]
 
 
 # --------------------------------------------------------------------------------------------
 # The memory
 
 class Gate(nn.Module):
-    """sigmoid(W x + b), stretched to -0.1 .. 1.1 and cut at 0 and 1: it can shut and open wholly.
+    """sigmoid(x), stretched to -0.1 .. 1.1 and cut at 0 and 1: it can shut and open wholly.
 
-    A plain sigmoid never does either, and what leaks at every segment drowns a fact after a few
-    hundred. With `slots`, b has a row for each of them: a slot can be a latch or a scratch pad.
+    A plain sigmoid (hard=False) never does either, and what leaks at every segment drowns a fact
+    after a few hundred.
     """
 
-    def __init__(self, width_in, width, slots=None):
+    def __init__(self, hard):
         super().__init__()
-        self.linear = nn.Linear(width_in, width, bias=False)
-        self.bias = nn.Parameter(torch.empty((slots, width) if slots else (width,)))
+        self.hard = hard
 
-    def forward(self, x, attention=None):
-        """x (B, N, width_in) -> (B, N, width), from 0 to 1; with attention (B, T, N) the gates of
-        what T tokens read of x: its rows sum to 1, so W can go first, as slots are fewer."""
-        x = self.linear(x) + self.bias
-        x = torch.sigmoid(x if attention is None else attention @ x)
-        return F.hardtanh(1.2 * x - 0.1, 0.0, 1.0)
+    def forward(self, x):
+        x = torch.sigmoid(x)
+        return F.hardtanh(1.2 * x - 0.1, 0.0, 1.0) if self.hard else x
 
 
 class MemoryRead(nn.Module):
@@ -227,55 +230,66 @@ class MemoryRead(nn.Module):
         self.query = nn.Linear(d, d, bias=False)
         self.key = nn.Linear(d, d, bias=False)
         self.value = nn.Linear(d, d, bias=False)
-        self.output = nn.Linear(d, d, bias=False)
-        self.output_gate = Gate(d, d) if config.output_gate else None
+        self.output_gate = nn.Linear(d, d)
+        self.gate = Gate(config.hard_gates)
         self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
 
     def attention(self, x, slots):
-        """How the tokens attend to the slots (B, N, d), normed: (B, T, N)."""
-        # (E W_Q) K^T = E (K W_Q^T)^T, and there are fewer slots than tokens
-        return attend(x, self.key(slots + self.address) @ self.query.weight)    # eq. 1
+        """How the tokens x (B, S, T, d) attend to the slots (B, S, N, d), normed: (B, S, T, N)."""
+        scores = self.query(x) @ self.key(slots + self.address).mT
+        return (scores / x.size(-1) ** 0.5).softmax(-1)                             # eq. 1
 
-    def forward(self, x, bank):
-        """x (B, T, d) normed, bank (B, N, d) -> what joins the attention's output, (B, T, d)."""
-        slots = normed(bank)
-        attention, values = self.attention(x, slots), self.value(slots)
-        recalled = attention @ values                                           # eq. 2  (B, T, d)
-        if self.output_gate:
-            recalled = self.output_gate(values, attention) * recalled           # eq. 3
-        return self.output(recalled)
+    def forward(self, x, banks):
+        """x (B, S, T, d) normed, banks (B, S, N, d) -> what joins attention's output, as x."""
+        slots = normed(banks)
+        recalled = self.attention(x, slots) @ self.value(slots)                     # eq. 2
+        return self.gate(self.output_gate(recalled)) * recalled                     # eq. 3
 
 
 class MemoryWrite(nn.Module):
-    """After a segment the slots collect its news and the gates mix them in (paper eqs. 4-6)."""
+    """Each slot is an LSTM-like cell that runs over segments (paper eqs. 4-6).
+
+    Its input is what it finds in a segment, by a learned query of its own: one row of `query` for
+    what to look for, one of `position` for where in the segment, such as near its end.
+    """
 
     def __init__(self, config):
         super().__init__()
         d, slots = config.n_embd, config.memory_slots
-        self.norm = RMSNorm(d)
-        self.query = nn.Linear(d, d, bias=False)
-        self.key = nn.Linear(d, d, bias=False)
+        self.query = nn.Parameter(torch.empty(slots, d))
+        self.position = nn.Parameter(torch.empty(slots, config.block_size))
         self.value = nn.Linear(d, d, bias=False)
-        self.input_gate = Gate(2 * d, d, slots) if config.input_gate else None
-        self.forget_gate = Gate(2 * d, d, slots) if config.forget_gate else None
-        self.address = nn.Parameter(torch.empty(slots, d)) if config.address else 0.0
-        # queries stand at 0, behind the segment, keys at -T .. -1: slots can prefer the latest
-        self.rotary = Rotary(config.block_size, d, config.rope_base, first=-config.block_size)
+        self.gate_news = nn.Linear(d, 2 * d, bias=False)        # W of eqs. 4 and 5, one product
+        self.gate_bank = nn.Linear(d, 2 * d, bias=False) if config.gates_see_bank else None  # U
+        self.gate_bias = nn.Parameter(torch.empty(slots, 2 * d))
+        self.gate = Gate(config.hard_gates)
 
-    def attention(self, x, bank):
-        """How the slots attend to the tokens x (B, T, d), normed: (B, N, T); to nothing as well."""
-        keys = self.rotary(self.key(x), start=-x.size(1))
-        return attend(self.query(normed(bank) + self.address), keys, or_nothing=True)
+    def attention(self, x):
+        """How the slots attend to the tokens x (B, S, T, d), normed: (B, S, N, T).
+
+        One key more, all zero, lets a slot attend to nothing. The end of an unfinished segment
+        counts as the end of a whole one.
+        """
+        # 10 times as large as usual: from its small start a query is learned soon
+        scores = 10 * (x @ self.query.T).mT / x.size(-1) ** 0.5                 # (B, S, N, T)
+        scores = scores + self.position[:, -x.size(-2):]
+        return F.pad(scores, (0, 1)).softmax(-1)[..., :-1]
 
     def forward(self, x, bank):
-        """x (B, T, d) the block's output, bank (B, N, d) -> the new bank (B, N, d)."""
-        x = self.norm(x)
-        # A (X W_V) = (A X) W_V, and there are fewer slots than tokens
-        candidate = self.value(self.attention(x, bank) @ x)                          # (B, N, d)
-        seen = torch.cat((candidate, torch.tanh(bank)), dim=-1)                      # (B, N, 2d)
-        input_gate = self.input_gate(seen) if self.input_gate else 1.0                     # eq. 4
-        forget_gate = self.forget_gate(seen) if self.forget_gate else 1.0                  # eq. 5
-        return input_gate * torch.tanh(candidate) + forget_gate * bank                     # eq. 6
+        """x (B, S, T, d) E_attn, bank (B, N, d) before the first of these segments
+        -> the banks (B, S, N, d) that the segments find, and the bank (B, N, d) behind them."""
+        x = normed(x)
+        news = self.value(self.attention(x) @ x)                                # (B, S, N, d)
+        seen = self.gate_news(news) + self.gate_bias                            # (B, S, N, 2d)
+        banks = []
+        for news, seen in zip(torch.tanh(news).unbind(1), seen.unbind(1)):      # by segment
+            banks.append(bank)
+            if self.gate_bank:
+                seen = seen + self.gate_bank(torch.tanh(bank))
+            gates = self.gate(seen)                                             # (B, N, 2d)
+            input_gate, forget_gate = gates.chunk(2, dim=-1)                    # eqs. 4 and 5
+            bank = input_gate * news + forget_gate * bank                       # eq. 6
+        return torch.stack(banks, dim=1), bank
 
 
 class MemoryTokens(nn.Module):
@@ -291,20 +305,22 @@ class MemoryTokens(nn.Module):
         self.behind = nn.Parameter(torch.empty(config.memory_slots, config.n_embd))
 
     def forward(self, x, bank, blocks, caches):
-        """One segment x (B, T, d) through the blocks, bank (B, N, d) -> (B, T, d), the new bank.
+        """One segment x (B, 1, T, d) through the blocks, bank (B, N, d) -> x, the new bank.
 
         With caches, see `LM2.run`, the segment goes on, and the bank stays as it is.
         """
-        T, N, mask, whole = x.size(1), bank.size(1), None, caches[0] is None
+        T, N, mask, whole = x.size(2), bank.size(1), None, caches[0] is None
         if not caches[0]:                                                   # the segment's start
-            x = torch.cat((bank + self.before, x), dim=1)                   # (B, N + T, d)
+            x = torch.cat(((bank + self.before)[:, None], x), dim=2)        # (B, 1, N + T, d)
         if whole:
-            x = torch.cat((x, bank + self.behind), dim=1)                   # (B, N + T + N, d)
-            mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
+            x = torch.cat((x, (bank + self.behind)[:, None]), dim=2)        # (B, 1, N + T + N, d)
+            mask = torch.ones(x.size(2), x.size(2), dtype=torch.bool, device=x.device).tril()
             mask[N + T:] = True
         for block, cache in zip(blocks, caches):
             x, _ = block(x, None, cache, mask)
-        return (x[:, N:N + T], normed(x[:, N + T:])) if whole else (x[:, -T:], bank)
+        if not whole:
+            return x[:, :, -T:], bank
+        return x[:, :, N:N + T], normed(x[:, 0, N + T:])
 
 
 # --------------------------------------------------------------------------------------------
@@ -334,7 +350,11 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             lr, momentum, shapes = group["lr"], group["momentum"], {}
             for p in group["params"]:
@@ -348,21 +368,11 @@ class Muon(torch.optim.Optimizer):
                 for (p, _), update in zip(pairs, updates):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        return loss
 
 
 # --------------------------------------------------------------------------------------------
 # The whole
-
-def load_checkpoint(path):
-    """The dictionary in a checkpoint; only data is loaded, no code. ValueError if it is not one."""
-    if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint {path}; train one first: python train.py")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in ("config", "model", "tokenizer", "train")}
-    except Exception:  # torch and pickle raise a dozen kinds
-        raise ValueError(f"{path} is no checkpoint of train.py, or it was cut short") from None
-
 
 class Block(nn.Module):
     """A Llama block with a memory pathway beside its attention."""
@@ -371,32 +381,24 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = RMSNorm(config.n_embd)
         self.attention = Attention(config)
+        self.write = MemoryWrite(config) if has_memory else None
         self.read = MemoryRead(config) if has_memory else None
         self.feed_forward_norm = RMSNorm(config.n_embd)
         self.feed_forward = FeedForward(config)
-        self.write = MemoryWrite(config) if has_memory else None
 
     def forward(self, x, bank, cache=None, mask=None):
-        """x (B * S, T, d), bank (B, N, d) before the first segment or None -> x, the bank behind.
+        """x (B, S, T, d), bank (B, N, d) before the first segment or None -> x, the bank behind.
 
         With a cache, see `Attention`, S is 1, and the bank is read but not written.
         """
         e = self.attention_norm(x)
-        x = x + self.attention(e, cache, mask)         # E_attn: the original path, untouched
-        if not self.write or cache is not None:
-            return self.after_attention(x, e, bank), bank
-        outputs = []
-        segments = (part.unflatten(0, (len(bank), -1)).unbind(1) for part in (x, e))
-        for x, e in zip(*segments):                    # (B, T, d) each
-            outputs.append(self.after_attention(x, e, bank))
-            bank = self.write(outputs[-1], bank)
-        return torch.stack(outputs, dim=1).flatten(0, 1), bank
-
-    def after_attention(self, x, e, bank):
-        """The rest of the block, for one segment if there is a bank: x, e (B, T, d)."""
-        if self.read:
-            x = x + self.read(e, bank)                 # E_next = E_attn + gated memory
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.attention(e, cache, mask)          # E_attn: the original path, untouched
+        if self.write:
+            banks = bank[:, None]
+            if cache is None:
+                banks, bank = self.write(x, bank)
+            x = x + self.read(e, banks)                 # E_next = E_attn + gated memory
+        return x + self.feed_forward(self.feed_forward_norm(x)), bank
 
 
 class Memory(NamedTuple):
@@ -419,32 +421,37 @@ class LM2(nn.Module):
         self.memory_tokens = MemoryTokens(config) if config.memory == "rmt" else None
         self.n_banks = 1 if self.memory_tokens else depth
         self.norm = RMSNorm(config.n_embd)
-        self.register_buffer("start", torch.eye(config.memory_slots, config.n_embd),
-                             persistent=False)                                  # M_0, (N, d)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """Every initial value.
 
-        matrices       normal, std 1 / sqrt(fan_in): variance 1 in, variance 1 out
-        outputs        0 for the matrices that end in the residual stream: every block starts as the
-                       identity, and the memory of the first is learned in far fewer steps
-        embedding      normal, std 1 / sqrt(d): the tied head's logits start with variance 1
-        norms          1
-        gate biases    0, the forget gate 2: a bank that keeps most at first gets its gradient far
-        addresses      normal, std 0.1 (RMT's as well): small beside the slots' norm of sqrt(d), or
-                       the tokens learn to read by slot number instead of by what a slot says
-        local mixer    the token itself 1, those before it normal with std 0.3
+        matrices        normal, std 1 / sqrt(fan_in): variance 1 in, variance 1 out
+        into the stream 0 for the matrices whose products join the residual stream (attention's
+                        output, what is read, feed-forward): every block starts as the identity,
+                        and the memory of the first is learned in far fewer steps
+        embedding       normal, std 1 / sqrt(d): the tied head's logits start with variance 1
+        norms           1
+        gate biases     0, the forget gate 2: a bank that keeps most at first gets its gradient far;
+                        1000 where a gate is switched off, which holds it wide open for good
+        addresses       normal, std 0.1 (RMT's as well): small beside the slots' norm of sqrt(d), or
+                        the tokens learn to read by slot number instead of by what a slot says
+        slots' queries  normal, std 0.1; the bias for positions 0
+        local mixer     the token itself 1, those before it normal with std 0.3
         """
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 p.fill_(1.0)
-            elif name.endswith("forget_gate.bias"):
-                p.fill_(2.0)
-            elif name.endswith(("bias", "output.weight", "down.weight")):
+            elif name.endswith("write.gate_bias"):
+                input_gate, forget_gate = p.chunk(2, dim=-1)
+                input_gate.fill_(0.0 if self.config.input_gate else 1000.0)
+                forget_gate.fill_(2.0 if self.config.forget_gate else 1000.0)
+            elif name.endswith("output_gate.bias"):
+                p.fill_(0.0 if self.config.output_gate else 1000.0)
+            elif name.endswith(("output.weight", "read.value.weight", "down.weight", "position")):
                 p.zero_()
-            elif name.endswith(("address", "before", "behind")):
+            elif name.endswith(("address", "before", "behind", "write.query")):
                 p.normal_(std=0.1)
             elif name == "mixer.weight":
                 p.normal_(std=0.3)
@@ -458,8 +465,10 @@ class LM2(nn.Module):
 
     def fresh_memory(self, batch_size):
         """The `Memory` of a new document: every slot its row of eye(N, d), no token before it."""
-        tail = self.start.new_zeros(batch_size, max(self.config.conv - 1, 0), self.config.n_embd)
-        return Memory(self.start.expand(batch_size, self.n_banks, -1, -1), tail)
+        N, d, like = self.config.memory_slots, self.config.n_embd, self.embedding.weight
+        bank = torch.eye(N, d, dtype=like.dtype, device=like.device)            # M_0
+        return Memory(bank.expand(batch_size, self.n_banks, N, d),
+                      bank.new_zeros(batch_size, max(self.config.conv - 1, 0), d))
 
     def run(self, tokens, memory, caches=None):
         """All blocks: tokens (B, T) -> hidden states (B, T, d) and the memory.
@@ -472,17 +481,17 @@ class LM2(nn.Module):
         x, tail = self.embedding(tokens), memory.tail
         if self.mixer:
             x, tail = self.mixer(x, tail)
+        x = x.reshape(B, -1, min(T, self.config.block_size), x.size(-1))        # (B, S, T, d)
         banks = [*memory.banks.unbind(1)] + [None] * (len(self.blocks) - self.n_banks)
         if self.memory_tokens:
             x, banks[0] = self.memory_tokens(x, banks[0], self.blocks, caches)
         else:
-            x = x.reshape(-1, min(T, self.config.block_size), x.size(-1))       # (B * S, T, d)
             for i, block in enumerate(self.blocks):
                 x, banks[i] = block(x, banks[i], caches[i])
         banks = torch.stack(banks[:self.n_banks], dim=1) if self.n_banks else memory.banks
         return x.reshape(B, T, -1), Memory(banks, tail)
 
-    def read(self, tokens, memory=None, last=None):
+    def hidden_states(self, tokens, memory=None, last=None):
         """Tokens (B, T >= 1) -> hidden states (B, T or last, d) of the last positions, the memory.
 
         Cutting a long input at multiples of block_size and passing the memory on gives the same as
@@ -491,20 +500,22 @@ class LM2(nn.Module):
         long context needs no more working memory than a short one.
         """
         B, T = tokens.shape
-        first, size, start, hidden = T - min(last or T, T), self.config.block_size, 0, []
+        if not T or last is not None and last < 1:
+            raise ValueError(f"{T} tokens, last={last}: there must be at least one of each")
+        first, size, done, hidden = T - min(last or T, T), self.config.block_size, 0, []
         memory = self.fresh_memory(B) if memory is None else memory
         # segments at once: for large matrix products, and for bounded working memory
         many = 1 if self.memory_tokens else max(1, 2**13 // (B * size))
-        while start < T:
-            length = min(many, (T - start) // size) * size or T - start
-            output, memory = self.run(tokens[:, start:start + length], memory)
-            if start + length > first:
-                hidden.append(output[:, max(first - start, 0):])
-            start += length
+        while done < T:
+            length = min(many, (T - done) // size) * size or T - done
+            x, memory = self.run(tokens[:, done:done + length], memory)
+            if done + length > first:
+                hidden.append(x[:, max(first - done, 0):])
+            done += length
         return torch.cat(hidden, dim=1), memory                         # (B, T - first, d)
 
     def forward(self, tokens, targets=None, memory=None, last=None):
-        """Read tokens (B, T) int64, see `read`, and predict the next ones.
+        """Read tokens (B, T) int64, see `hidden_states`, and predict the next ones.
 
         targets  (B, T) int64: the next tokens, -1 where nothing is scored
         memory   the `Memory` that an earlier call returned; None: a fresh one
@@ -512,11 +523,12 @@ class LM2(nn.Module):
         Returns logits (B, T or last, vocab), the mean cross-entropy in nats (None without targets)
         and the memory.
         """
-        hidden, memory = self.read(tokens, memory, last)
+        hidden, memory = self.hidden_states(tokens, memory, last)
         logits, loss = self.head(hidden), None                          # (B, T or last, vocab)
         if targets is not None:
             targets = targets[:, -logits.size(1):]
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(scores, targets.flatten(), ignore_index=-1)
         return logits, loss, memory
 
     def head(self, x):
@@ -529,13 +541,16 @@ class LM2(nn.Module):
 
         temperature 0 takes the likeliest token, top_k 0 or None chooses among all. The current
         segment's keys and values are kept; the banks are written when it is full, as in `forward`.
+        Raises ValueError for a negative temperature or top_k, and for no token at all.
         """
+        if not tokens.size(1) or not temperature >= 0 or (top_k or 0) < 0:
+            raise ValueError(f"{tokens.size(1)} tokens, temperature={temperature}, top_k={top_k}")
         size, done, end = self.config.block_size, 0, tokens.size(1) + max_new_tokens
         memory = self.fresh_memory(tokens.size(0)) if memory is None else memory
         while tokens.size(1) < end:
             full = (tokens.size(1) - 1) // size * size      # the last token is still to be read
             if full > done:
-                memory = self.read(tokens[:, done:full], memory, last=1)[1]
+                memory = self.hidden_states(tokens[:, done:full], memory, last=1)[1]
             new, so_far, caches, done = tokens[:, full:], memory, [{} for _ in self.blocks], full
             while tokens.size(1) < end and tokens.size(1) <= full + size:
                 output, so_far = self.run(new, so_far, caches)
@@ -556,28 +571,83 @@ class LM2(nn.Module):
         else, which does not]; step both."""
         groups = {"matrix": [], "gate": [], "rest": []}
         for name, p in self.named_parameters():
-            inside = p.dim() == 2 and name.startswith("blocks.") and name.endswith("weight")
-            groups["rest" if not inside else "gate" if "_gate." in name else "matrix"].append(p)
+            matrix = name.startswith("blocks.") and name.endswith("weight") and p.dim() == 2
+            gates = "read.output_gate" in name or "write.gate" in name
+            groups["rest" if not matrix else "gate" if gates else "matrix"].append(p)
         return [Muon([{"params": groups["matrix"], "weight_decay": weight_decay},
                       {"params": groups["gate"], "weight_decay": 0.0}], lr=muon_lr),
                 torch.optim.AdamW(groups["rest"], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
     @staticmethod
-    def load(path, device="cpu"):
-        """(model, tiktoken encoding) from a checkpoint. Raises ValueError if it is not one."""
-        import tiktoken
-        checkpoint = load_checkpoint(path)
+    def load(checkpoint, device="cpu"):
+        """(model, tiktoken encoding) from a checkpoint: its path, or what `load_checkpoint` gave.
+
+        Raises BadInput if it is not one that fits this code.
+        """
+        if not isinstance(checkpoint, dict):
+            return LM2.load(load_checkpoint(checkpoint), device)
         try:
-            config, weights = LM2Config(**checkpoint["config"]), checkpoint["model"]
+            config = LM2Config(**checkpoint["config"])
             with torch.device("meta"):  # a forged width or depth is found before it takes memory
-                LM2(config).load_state_dict(weights, assign=True)
-            model = LM2(config)
-            model.load_state_dict(weights)
-            tokens = [token.encode("latin-1") for token in checkpoint["tokenizer"]["tokens"]]
-            encoding = tiktoken.Encoding("lm2", pat_str=checkpoint["tokenizer"]["pattern"],
-                                         mergeable_ranks={t: i for i, t in enumerate(tokens)},
-                                         special_tokens={})
+                check_tensors(checkpoint["model"], LM2(config).state_dict())
+            encoding = make_encoding(checkpoint["tokenizer"], config.vocab_size)
         except Exception as error:
             why = (str(error) or type(error).__name__).splitlines()[-1].strip()
-            raise ValueError(f"{path} holds no model that fits this code: {why}") from None
+            raise BadInput(f"{checkpoint['path']} holds no model that fits this code: {why}"
+                           ) from None
+        model = LM2(config)
+        model.load_state_dict(checkpoint["model"])
         return model.to(device).eval(), encoding
+
+
+# --------------------------------------------------------------------------------------------
+# Files: only data is loaded, no code, and nothing is believed that was not looked at
+
+def load_data(path, keys, what):
+    """The dictionary in a file, with at least these keys; BadInput, with `what` it should be."""
+    if not os.path.isfile(path):
+        raise BadInput(f"there is no {what} {path}")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: data[key] for key in keys} | {"path": str(path)}
+    except Exception:  # torch and pickle raise a dozen kinds
+        raise BadInput(f"{path} is no {what}, or it was cut short") from None
+
+
+def load_checkpoint(path):
+    """The dictionary in a checkpoint of train.py, and its "path". BadInput if it is not one."""
+    return load_data(path, ("config", "model", "tokenizer", "train"), "checkpoint of train.py")
+
+
+def check_tensors(found, wanted):
+    """BadInput unless two dictionaries have tensors of the same names, shapes and kinds, and those
+    in `found` are numbers throughout."""
+    if not isinstance(found, dict) or found.keys() != wanted.keys():
+        raise BadInput("its tensors have other names than this code's")
+    for name, tensor in found.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided \
+                or tensor.shape != wanted[name].shape or not tensor.is_floating_point():
+            raise BadInput(f"{name} is no tensor of shape {tuple(wanted[name].shape)}")
+        if not tensor.isfinite().all():
+            raise BadInput(f"{name} has values that are no numbers")
+
+
+def make_encoding(tokenizer, n_vocab):
+    """The tiktoken encoding of a checkpoint's {"pattern": str, "tokens": n_vocab texts}."""
+    import tiktoken
+    tokens = [token.encode("latin-1") for token in tokenizer["tokens"]]
+    if len(tokens) != n_vocab or len(set(tokens)) != n_vocab or \
+            not {bytes([byte]) for byte in range(256)} <= set(tokens):
+        raise BadInput("its tokenizer has doubled or missing tokens")
+    probe = "Mary's 12 words, and\n\t " + "".join(map(chr, range(32, 600)))
+    try:
+        encoding = tiktoken.Encoding("lm2", pat_str=tokenizer["pattern"], special_tokens={},
+                                     mergeable_ranks={t: i for i, t in enumerate(tokens)})
+        whole = encoding.decode(encoding.encode_ordinary(probe)) == probe
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a panic in Rust is no Exception
+        whole = False
+    if not whole:
+        raise BadInput("its tokenizer's pattern does not give texts back")
+    return encoding

@@ -1,85 +1,93 @@
 """Use a trained model: tell it a story of any length, ask, and see what its memory did.
 
     python sample.py                                   # chat: type facts and questions, /help
-    python sample.py --story="Mary went to the kitchen. John got up." --ask="Where is Mary?"
+    python sample.py --story="Mary went to the garden." --far=4000 --ask="Where is Mary?"
+    python sample.py --story=story.txt --far=4000 --noise=book.txt --ask="Where is Mary?"
     python sample.py --read=book.txt --save_memory=book.pt              # read once ...
     python sample.py --load_memory=book.pt --ask="Where is Mary?"       # ... ask often
     python sample.py --story=story.txt --ask="Where is Mary?" --show --html=memory.html
-    python sample.py --study                           # how an update moves the attention
-    python sample.py --bench                           # constant memory, constant time: measure it
     python sample.py --prompt="Once upon a time" --temperature=0.8 --top_k=50
 
 A text is read segment by segment; what the model knows of it is its memory, which does not grow.
+With an answer stands what the same model says when its bank is wiped before the question.
 """
 import codecs
 import contextlib
+import copy
 import hashlib
-import io
+import html
+import itertools
 import json
 import os
 import random
 import re
 import sys
 import time
-from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 import babilong_tiny as babi
-from babilong_tiny import die, die_unless_new, flag, or_die, parse_flags
-from lm2 import LM2, Memory, load_checkpoint, normed
+from babilong_tiny import flag, printable
+from lm2 import LM2, BadInput, Memory, check_tensors, load_checkpoint, load_data, normed
 
 
 @dataclass
 class Flags:
-    ckpt: str = flag("out/ckpt.pt", "checkpoint written by train.py")
-    # what to read
+    ckpt: str = flag("", "checkpoint of train.py (out/ckpt.pt, else the one in results/)")
+    # what to read, in this order
+    load_memory: str = flag("", "begin with this saved memory instead of a fresh one")
     story: str = flag("", "a story, or a file that holds one")
     read: str = flag("", "a text of any size to read in a stream; - for standard input")
-    load_memory: str = flag("", "begin with this saved memory instead of a fresh one")
+    far: int = flag(0, "tokens of noise to read after that, before the question", 0)
+    noise: str = flag("", "texts to take them from, instead of the built-in noise: a.txt,b.txt")
     save_memory: str = flag("", "save the memory here after reading")
     # what to do then
     ask: str = flag(None, "a question; without it facts and questions come from the terminal")
     prompt: str = flag(None, "a text to continue instead")
     max_new_tokens: int = flag(100, "tokens to continue the text by", 1)
-    temperature: float = flag(0.8, "randomness of the continuation, 0 = always the likeliest token")
+    temperature: float = flag(0.8, "randomness of the continuation, 0 = always the likeliest token",
+                              0, 1e6)
     top_k: int = flag(50, "choose among the k likeliest tokens only, 0 = among all", 0)
-    seed: int = flag(0, "seed of the continuation", 0, 2**63 - 1)
+    seed: int = flag(0, "seed of the continuation and of the noise", 0, 2**63 - 1)
     # what to see
     show: bool = flag(False, "print what the slots wrote and, for the answer, read")
     html: str = flag("", "write the same as a page for a browser to this file")
-    study: bool = flag(False, "show how an update of the bank moves the attention (qa1)")
-    bench: bool = flag(False, "measure memory and time over 1,000,000 tokens")
     device: str = flag("cpu", "auto, cpu, cuda or mps")
 
 
 # --------------------------------------------------------------------------------------------
 # Reading
 
-def tidy(text):
-    """The text as the generator writes it: one space between words and one before the first."""
-    return " " + " ".join(text.split()) if text.strip() else ""
+PEOPLE = {*babi.PEOPLE, *babi.GIVERS, *babi.GUESSED}
+PLACES = {*babi.PLACES, *babi.TOWN}
+NAMES = {*PEOPLE, *PLACES, *babi.OBJECTS}
+NAME = re.compile(rf"\b({'|'.join(sorted(NAMES))})\b")
 
 
 class Reader:
-    """A document as far as it was read: the memory after its full segments, the tokens since."""
+    """A document as far as it was read.
 
-    def __init__(self, model, memory=None, rest=(), count=0):
-        self.model = model
-        self.memory = model.fresh_memory(1) if memory is None else memory
-        self.rest, self.count = list(rest), count
+    memory    the `Memory` behind its full segments
+    rest      the tokens since then, fewer than block_size
+    count     how many tokens there were in all
+    names     which of NAMES it named; None: unknown
+    recorder  a `Recorder` that looks on, or None
+    """
+
+    def __init__(self, model, recorder=None):
+        self.model, self.memory, self.recorder = model, model.fresh_memory(1), recorder
+        self.rest, self.count, self.names = [], 0, frozenset()
 
     @torch.no_grad()
     def read(self, tokens):
-        self.rest += tokens
-        self.count += len(tokens)
-        size = self.model.config.block_size
-        full = len(self.rest) // size * size
+        rest, size = self.rest + tokens, self.model.config.block_size
+        full = len(rest) // size * size
         if full:
-            segments = torch.tensor([self.rest[:full]], device=self.model.device)
-            self.memory = self.model.read(segments, self.memory, last=1)[1]
-            del self.rest[:full]
+            with self.recorder or contextlib.nullcontext():
+                segments = torch.tensor([rest[:full]], device=self.model.device)
+                self.memory = self.model.hidden_states(segments, self.memory, last=1)[1]
+        self.rest, self.count = rest[full:], self.count + len(tokens)
 
     def generate(self, tokens, *args, **kwargs):
         """What the model says after all it read and these tokens; it is none the wiser after."""
@@ -88,40 +96,46 @@ class Reader:
         return said[0, prompt.size(1):].tolist()
 
 
-def pieces(file, size=2**16):
-    """The text of a binary file in pieces that end before a space. UnicodeDecodeError if it is
-    not UTF-8. However long the file, only one piece is held."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    decode, rest = io.IncrementalNewlineDecoder(decoder, translate=True).decode, ""
-    while chunk := file.read(size):
-        rest += decode(chunk)
-        cut = len(rest) if len(rest) > 16 * size else max(rest.rfind(" "), rest.rfind("\n"), 0)
-        if rest[:cut]:
-            yield rest[:cut]
+def tidy(text):
+    """The text as the generator writes it: one space between words and one before the first."""
+    return " " + " ".join(text.split()) if text.strip() else ""
+
+
+def read_text(reader, encoding, text):
+    reader.read(encoding.encode_ordinary(text))
+    if reader.names is not None:
+        reader.names |= {*NAME.findall(text)}
+
+
+def read_noise(reader, encoding, flags, count):
+    """Let the reader read so many tokens of noise."""
+    noise = babi.load_noise(flags.noise, encoding, flags.seed)
+    tokens = itertools.chain.from_iterable(noise(random.Random(f"{flags.seed} {reader.count}")))
+    while part := list(itertools.islice(tokens, min(count, 2**13))):
+        reader.read(part)
+        count -= len(part)
+
+
+def pieces(file, name):
+    """The text of a binary file in pieces that end before a space, so that no word is torn."""
+    rest = ""
+    for piece in babi.text_pieces(file, name):
+        rest += piece
+        cut = max(rest.rfind(" "), rest.rfind("\n"), 0) if len(rest) < 2**20 else len(rest)
+        yield rest[:cut]
         rest = rest[cut:]
-    if rest + decode(b"", final=True):
-        yield rest
+    yield rest
 
 
 def read_stream(reader, encoding, name, clean):
     """Let the reader read a file, or standard input for "-"; progress goes to a terminal."""
-    size = 0 if name == "-" else os.path.getsize(name)
-    start = shown = time.time()
-    done, before = 0, reader.count
+    start, before, terminal = time.time(), reader.count, sys.stderr.isatty()
     with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-        for text in pieces(file):
-            reader.read(encoding.encode_ordinary(clean(text)))
-            done += len(text.encode())
-            if sys.stderr.isatty() and time.time() - shown > 0.5:
-                shown = time.time()
-                speed = (reader.count - before) / (shown - start)
-                left = f", {(size / done - 1) * (shown - start):.0f} s left" if size else ""
-                print(f"\r\033[K{reader.count - before:,} tokens, {speed:,.0f} tokens/s{left}",
-                      end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
-    seconds = time.time() - start
-    return f"read {reader.count - before:,} tokens in {seconds:.1f} s"
+        for text in pieces(file, name):
+            read_text(reader, encoding, clean(text))
+            if terminal:
+                print(f"{reader.count - before:,} tokens\r", end="", file=sys.stderr, flush=True)
+    return f"read {reader.count - before:,} tokens in {time.time() - start:.1f} s"
 
 
 def fingerprint(model):
@@ -135,24 +149,35 @@ def fingerprint(model):
 def save_memory(reader, path):
     """Write what the reader knows, to the side first and then into place."""
     with babi.replaced(path, "wb") as file:
-        torch.save({"banks": reader.memory.banks, "tail": reader.memory.tail, "rest": reader.rest,
-                    "count": reader.count, "model": fingerprint(reader.model)}, file)
+        torch.save({**reader.memory._asdict(), "rest": reader.rest, "count": reader.count,
+                    "names": None if reader.names is None else sorted(reader.names),
+                    "model": fingerprint(reader.model)}, file)
 
 
 def load_memory(model, path):
-    """A `Reader` that goes on where the saved one stood. ValueError, in one line, if it cannot."""
-    if not os.path.isfile(path):
-        raise ValueError(f"no memory {path}; save one with --read and --save_memory")
+    """A `Reader` that goes on where the saved one stood. BadInput if it cannot."""
+    what, reader = "memory that sample.py saved", Reader(model)
+    saved = {"names": None} | load_data(path, ("banks", "tail", "rest", "count", "model"), what)
+    with contextlib.suppress(BadInput):     # a file that does not name them is as good
+        saved |= load_data(path, ("names",), what)
+    if saved["model"] != fingerprint(model):
+        raise BadInput(f"{path} belongs to another model; read the text anew with this one")
+    rest, count, names, fresh = saved["rest"], saved["count"], saved["names"], reader.memory
     try:
-        saved = torch.load(path, map_location=model.device, weights_only=True)
         memory = Memory(saved["banks"], saved["tail"])
-        reader = Reader(model, memory, saved["rest"], saved["count"])
-        owner = saved["model"]
-    except Exception:  # torch and pickle raise a dozen kinds
-        raise ValueError(f"{path} is no memory that sample.py saved, or it was cut short") from None
-    if owner != fingerprint(model) or [m.shape for m in memory] != \
-            [m.shape for m in model.fresh_memory(1)]:
-        raise ValueError(f"{path} belongs to another model; read the text anew with this one")
+        check_tensors(memory._asdict(), fresh._asdict())
+        fits = all(m.dtype == fresh.tail.dtype and (m.abs() < 1e6).all() for m in memory) \
+            and type(rest) is list and len(rest) < model.config.block_size \
+            and all(type(t) is int and 0 <= t < model.config.vocab_size for t in rest) \
+            and type(count) is int and len(rest) <= count < 2**63 \
+            and (names is None or NAMES.issuperset(names))
+    except Exception:   # whatever PyTorch and Python raise for what was forged
+        fits = False
+    if not fits:
+        raise BadInput(f"{path} is no {what}: it holds what no model of this kind writes")
+    reader.memory = Memory(*(m.to(model.device) for m in memory))
+    reader.rest, reader.count = rest, count
+    reader.names = None if names is None else frozenset(names)
     return reader
 
 
@@ -160,7 +185,7 @@ def load_memory(model, path):
 # Seeing
 
 class Recorder:
-    """Watches a model read and write its banks, document by document; changes nothing.
+    """Looks on, as a context, while a model reads a document in one or many calls; changes nothing.
 
     `segments` gets a dictionary for each segment (the last `keep` of them), with its "number",
     "tokens" (T) and, as a list over blocks with memory,
@@ -169,138 +194,141 @@ class Recorder:
         "joined"  (T)     length of what so came to each token
         "write"   (N, T)  attention of the slots to its tokens, times the mean input gate
         "input", "forget" (N), "output" (T): mean openness of the gates
-    `source`, of each block (N, tokens of the segments kept), traces what the slots hold to the
-    tokens it was written from, with what was forgotten taken away.
+    `source`, of each block (N, 1 + tokens of the segments kept), traces what the slots hold to the
+    tokens it was written from, with what was forgotten taken away; the first column stands for all
+    that was read before these. `before` is the same as the last segment found it.
     """
 
-    def __init__(self, model, keep=64):
-        self.model, self.keep = model, keep
-        self.blocks = [block for block in model.blocks if block.read]
-        self.forget()
+    def __init__(self, model, keep=64, resumed=False):
+        """resumed: the memory that the model begins with is not a fresh one."""
+        self.model, self.keep, self.resumed = model, keep, resumed
+        self.blocks = [block for block in model.blocks if block.write]
+        self.segments, self.count = [], 0
+        self.source = [torch.full((model.config.memory_slots, 1), float(resumed))
+                       for _ in self.blocks]
 
     def __enter__(self):
-        self.watch()
+        self.hooks = [self.model.embedding.register_forward_hook(self.saw_tokens)]
+        for block in self.blocks:
+            self.hooks += [part.register_forward_hook(hook) for part, hook in (
+                (block.write.gate, self.saw_gate), (block.write, self.saw_write),
+                (block.read.gate, self.saw_gate), (block.read, self.saw_read))]
         return self
 
     def __exit__(self, *_):
-        self.look_away()
-
-    def look_away(self):
         for hook in self.hooks:
             hook.remove()
 
-    def forget(self):
-        """Begin a new document."""
-        slots = self.model.config.memory_slots
-        self.segments, self.count = deque(maxlen=self.keep), 0
-        self.source = [torch.zeros(slots, 0) for _ in self.blocks]
+    def saw_tokens(self, embedding, args, output):
+        self.tokens, self.gates, self.written, self.found = args[0][0].tolist(), [], None, []
 
-    def watch(self):
-        self.found = [{} for _ in self.blocks]      # what each block did last
-        self.done = [deque() for _ in self.blocks]  # and its segments that others have yet to see
-        self.hooks = [self.model.embedding.register_forward_hook(self.saw_tokens)]
-        for i, block in enumerate(self.blocks):
-            self.hooks += [block.read.register_forward_hook(self.saw_read(i)),
-                           block.write.register_forward_hook(self.saw_write(i))]
-            gates = {"output": block.read.output_gate, "input": block.write.input_gate,
-                     "forget": block.write.forget_gate}
-            self.hooks += [gate.register_forward_hook(self.saw_gate(i, name))
-                           for name, gate in gates.items() if gate]
+    def saw_gate(self, gate, args, output):
+        self.gates.append(output)       # a write's of one segment (1, N, 2d), a read's (1, S, T, d)
 
-    def saw_tokens(self, module, args, output):
-        self.tokens = args[0][0].tolist()
+    def saw_write(self, write, args, output):
+        attention, (banks, bank) = write.attention(normed(args[0])), output     # (1, S, N, T)
+        gates = torch.stack(self.gates, dim=1).chunk(2, dim=-1)                 # (1, S, N, d) each
+        input_gate, forget_gate = (gate.mean(-1) for gate in gates)
+        self.written = {"write": attention * input_gate[..., None],
+                        "input": input_gate, "forget": forget_gate}             # (1, S, N)
+        self.gates, self.after = [], torch.cat((banks[:, 1:], bank[:, None]), dim=1)
 
-    def saw_gate(self, i, name):
-        def hook(module, args, output):  # its mean, of each token or each slot
-            self.found[i][name] = output[0].mean(-1).float().cpu()
-        return hook
+    def saw_read(self, read, args, joined):
+        if self.written:    # or a token is generated, in a segment that is not full
+            x, banks = args
+            found = self.written | {
+                "read": read.attention(x, normed(banks)),                       # (1, S, T, N)
+                "again": read.attention(x, normed(self.after)),
+                "output": self.gates[0].mean(-1), "joined": joined.norm(dim=-1)}
+            self.found.append({name: value[0].float().cpu() for name, value in found.items()})
+            if len(self.found) == len(self.blocks):
+                length = joined.size(2)
+                for s in range(joined.size(1)):
+                    self.add(self.tokens[s * length:(s + 1) * length],
+                             {name: [block[name][s] for block in self.found] for name in found})
+        self.gates, self.written = [], None
 
-    def saw_read(self, i):
-        def hook(module, args, output):
-            self.found[i] |= {"x": args[0], "joined": output[0].norm(dim=-1).float().cpu()}
-        return hook
-
-    def saw_write(self, i):
-        def hook(module, args, new):
-            x, (y, bank), read = self.found[i]["x"], args, self.blocks[i].read
-            attention = module.attention(module.norm(y), bank)[0].float().cpu()     # (N, T)
-            found = {"input": torch.ones(bank.size(1)), "forget": torch.ones(bank.size(1)),
-                     "output": torch.ones(x.size(1))} | self.found[i]
-            self.done[i].append({name: found[name] for name in ("joined", "input", "forget",
-                                                                "output")} | {
-                "read": read.attention(x, normed(bank))[0].float().cpu(),
-                "again": read.attention(x, normed(new))[0].float().cpu(),
-                "write": attention * found["input"][:, None]})
-            if i == len(self.blocks) - 1:
-                self.end_segment([done.popleft() for done in self.done])
-        return hook
-
-    def end_segment(self, found):
+    def add(self, tokens, found):
         self.count += 1
-        n_new = len(found[0]["joined"])
-        self.segments.append({"number": self.count, "tokens": self.tokens[:n_new]}
-                             | {name: [block[name] for block in found] for name in found[0]})
-        del self.tokens[:n_new]
-        n_kept = len(self.text())  # the oldest segment may be gone
-        self.before = [source[:, max(0, source.size(1) + n_new - n_kept):]
+        gone = 1 + len(self.segments[0]["tokens"]) if len(self.segments) == self.keep else 1
+        self.segments = [*self.segments, {"number": self.count, "tokens": tokens} | found]
+        self.segments = self.segments[-self.keep:]
+        self.before = [torch.cat((source[:, :gone].sum(1, keepdim=True), source[:, gone:]), dim=1)
                        for source in self.source]
-        self.source = [torch.cat((source * block["forget"][:, None], block["write"]), dim=1)
-                       for source, block in zip(self.before, found)]
+        self.source = [torch.cat((source * forget[:, None], write), dim=1) for source, forget, write
+                       in zip(self.before, found["forget"], found["write"])]
 
     def text(self):
         """Tokens of the segments kept, in the order of the columns of `source`."""
         return [token for segment in self.segments for token in segment["tokens"]]
 
-    def traced(self, row=-1):
-        """(tokens before the last segment): where what the row's token read came from, sum 1.
 
-        Over all blocks, each weighted with the length of what it joined to the decoder.
-        """
-        last, total = self.segments[-1], 0.0
-        for i, source in enumerate(self.before):
-            total = total + last["joined"][i][row] * (last["read"][i][row] @ source)
-        return total / total.sum().clamp(min=1e-9)
+def texts_of(encoding, tokens):
+    """The text of each token; a letter of several tokens is the last one's, "" the others'."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    return [printable(decode(encoding.decode_single_token_bytes(token))) for token in tokens]
 
 
-def phrase(encoding, tokens, at, words=6):
-    """The token at a place and a few before it, back to the sentence's beginning, as text."""
-    text = encoding.decode(tokens[max(0, at - words):at + 1])
-    return re.split(r"[.?!] ", text)[-1].strip() or text.strip()
+def held(recorder, texts, source, least):
+    """{phrase: share} of the two tokens that a slot holds most of, those of more than a share.
+
+    A phrase is a token and those before it in its sentence, at most seven. `source` (1 + tokens) is
+    the slot's row, `texts` are those of the recorder's tokens.
+    """
+    found, earlier = {}, "an earlier session" if recorder.resumed else "far back"
+    for column in source.topk(min(2, len(source))).indices.tolist():
+        text = "".join(texts[max(0, column - 7):column])
+        phrase = re.split(r"[.?!] ", text)[-1].strip() or text.strip()
+        if source[column] > least:
+            found[phrase if column else f"(text of {earlier})"] = float(source[column])
+    return found
 
 
-def held(encoding, tokens, source, least):
-    """[(phrase, share)] of the two tokens a slot holds most of, those of at least a share."""
-    return [(phrase(encoding, tokens, at), float(source[at]))
-            for at in source.topk(min(2, len(source))).indices.tolist() if source[at] > least]
+def mean_gates(segment, blocks=slice(None)):
+    return " ".join(f"{name} {torch.stack(segment[name])[blocks].mean():.2f}"
+                    for name in ("input", "forget", "output"))
 
 
 def show(encoding, recorder):
     """Print the segments, tokens marked by how strongly a slot wrote them, and the last read."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shades = (None, 254, 153, 117, 75, 33)  # light to dark: told apart without colour vision
+    texts = texts_of(encoding, recorder.text())
+    rest = iter(texts)
     for segment in recorder.segments:
-        strength = torch.stack(segment["write"]).amax(dim=(0, 1)).tolist()
-        line = ""
-        for token, s in zip(segment["tokens"], strength):
-            text = encoding.decode([token])
-            level = min(5, int(6 * s))
-            if colour and level:
+        line, most = "", 0.0
+        for strength in torch.stack(segment["write"]).amax(dim=(0, 1)).tolist():
+            text, most = next(rest), max(strength, most)
+            level = min(5, int(6 * most))
+            if text and colour and level:
                 text = f"\033[48;5;{shades[level]}m\033[30m{text}\033[0m"
-            elif level > 2:
-                text = f"{text}[{s:.1f}]"
-            line += text
-        gates = " ".join(f"{name} {torch.stack(segment[name]).mean():.2f}"
-                         for name in ("input", "forget", "output"))
-        print(f"segment {segment['number']} | mean gates {gates}\n {line.strip()}")
-    last = recorder.segments[-1]
-    tokens = recorder.text()
+            elif text and level > 2:
+                text = f"{text}[{most:.1f}]"
+            line, most = line + text, 0.0 if text else most
+        print(f"segment {segment['number']} | mean gates {mean_gates(segment)}\n {line.strip()}")
     print("\nthe answer was read from (block, slot, attention, what the slot holds)")
-    for i, read in enumerate(last["read"]):
+    for i, read in enumerate(recorder.segments[-1]["read"]):
         for slot in read[-1].topk(min(3, read.size(1))).indices.tolist():
-            words = dict(held(encoding, tokens, recorder.before[i][slot], least=0.05))
             if read[-1][slot] > 0.05:
-                print(f"  {i + 1}  {slot:2}  {read[-1][slot]:.2f}  "
-                      + (" | ".join(words) or "nothing yet"))
+                source = recorder.before[i][slot]
+                words = held(recorder, texts, source, least=0.05) or (
+                    ["a little of many words" if source.sum() > 0.05 else "nothing yet"])
+                print(f"  {i + 1}  {slot:2}  {read[-1][slot]:.2f}  {' | '.join(words)}")
+
+
+def show_memory(encoding, reader):
+    """A line for each slot that holds something: block, slot, and the words it goes back to."""
+    texts, lines = texts_of(encoding, reader.recorder.text()), []
+    for i, source in enumerate(reader.recorder.source):
+        for slot, row in enumerate(source):
+            if words := held(reader.recorder, texts, row, least=0.1):
+                lines.append(f"  block {i + 1}, slot {slot:2}: " + " | ".join(
+                    f"{text} ({share:.2f})" for text, share in words.items()))
+    print("\n".join(lines) or (
+        "  no slot holds much of any one word" if reader.recorder.segments else
+        "  nothing to trace: an LM2's bank is written when a segment is full"))
+    if reader.rest:
+        print(f"  not yet written: {printable(encoding.decode(reader.rest).strip())}")
 
 
 PAGE = """<!doctype html>
@@ -309,19 +337,19 @@ PAGE = """<!doctype html>
 <style>
 body { font: 15px/1.4 system-ui, sans-serif; margin: 1em auto; max-width: 75em; padding: 0 .7em }
 h1 { font-size: 1.3em } h2 { font-size: 1em; margin: .6em 0 .2em }
-#controls { position: sticky; top: 0; background: #fff; padding: .4em 0; z-index: 1 }
-#segment { width: min(28em, 90%) } #value { font-weight: 600; min-height: 1.4em }
+#controls { position: sticky; top: 0; background: #fff; padding: .4em 0 }
+#segment { width: min(28em, 90%) } #value { font-weight: 600; height: 1.4em }
 #maps { display: flex; flex-wrap: wrap; gap: 1.5em }
 table { border-collapse: collapse; font-size: 12px } td { width: 14px; height: 15px; padding: 0 }
-th { font-weight: normal; text-align: right; padding-right: .4em; white-space: pre }
-thead th { text-align: center; padding: 0 } td:hover { outline: 2px solid #000 }
+th { font-weight: normal; text-align: right; padding: 0 .2em; white-space: pre }
+td:hover { outline: 2px solid #000 }
 </style>
 <h1>What the memory did</h1>
 <p>Rows are the tokens of a segment, columns the slots of a block's bank. Darker is more; point at
 or touch a cell for its number.</p>
 <div id="controls">
-<label>segment <input id="segment" type="range" min="0" value="0"></label> <b id="where"></b>
-<label>block <select id="block"></select></label>
+<label>segment <input id="segment" type="range" min="0" value="0" oninput="draw()"></label>
+<label>block <select id="block" oninput="draw()"></select></label>
 <div id="gates"></div><div id="value"></div></div>
 <div id="maps"></div>
 <script>
@@ -330,44 +358,22 @@ const $ = id => document.getElementById(id);
 const names = {read: "Read before the update: each token's attention to the slots",
   write: "Written: each slot's attention to the tokens, times its input gate",
   again: "Read after the update: the same tokens, the new bank"};
-const level = c => parseInt(c, 36) / 35;
-function shade(v) {  // one hue, light to dark: told apart without colour vision, and in grey
-  return `rgb(${255 - 247 * v}, ${255 - 207 * v}, ${255 - 148 * v})`;
+function cell(token, slot, v) {  // one hue, light to dark: seen without colour vision, and in grey
+  const colour = `rgb(${255 - 247 * v}, ${255 - 207 * v}, ${255 - 148 * v})`;
+  return `<td style="background: ${colour}" title="${token}, slot ${slot}: ${v.toFixed(2)}"></td>`;
 }
 function draw() {
-  const s = data[$("segment").value], b = +$("block").value, block = s.blocks[b];
-  $("where").textContent = `${s.number} of ${data[data.length - 1].number}`;
-  $("gates").textContent = "mean gates: " + block.gates;
-  $("value").textContent = "";
-  $("maps").replaceChildren(...Object.entries(names).map(([kind, title]) => {
-    const box = document.createElement("div"), table = document.createElement("table");
-    const heading = document.createElement("h2");
-    heading.textContent = title;
-    const head = table.createTHead().insertRow(), body = table.createTBody();
-    head.append(document.createElement("th"));
-    block[kind].forEach((_, slot) => {
-      const cell = document.createElement("th");
-      cell.textContent = slot;
-      head.append(cell);
-    });
-    s.tokens.forEach((token, t) => {
-      const row = body.insertRow(), label = document.createElement("th");
-      label.textContent = token;
-      row.append(label);
-      block[kind].forEach((column, slot) => {
-        const cell = row.insertCell(), v = level(column[t]);
-        cell.style.background = shade(v);
-        cell.title = `"${token}", slot ${slot}: ${v.toFixed(2)}`;
-        cell.onclick = cell.onmouseenter = () => $("value").textContent = cell.title;
-      });
-    });
-    box.append(heading, table);
-    return box;
-  }));
+  const s = data[$("segment").value], block = s.blocks[$("block").value];
+  $("gates").textContent = `segment ${s.number}, mean gates: ${block.gates}`;
+  $("maps").innerHTML = Object.keys(names).map(kind => `<div><h2>${names[kind]}</h2><table>
+    <tr><th></th>${block[kind].map((_, slot) => `<th>${slot}</th>`).join("")}</tr>` +
+    s.tokens.map((token, t) => `<tr><th>${token}</th>` + block[kind].map((column, slot) =>
+      cell(token, slot, parseInt(column[t], 36) / 35)).join("")).join("") +
+    "</table></div>").join("");
 }
+$("maps").onmouseover = $("maps").onclick = e => $("value").textContent = e.target.title;
 $("segment").max = data.length - 1;
 data[0].blocks.forEach((_, b) => $("block").add(new Option(b + 1, b)));
-$("segment").oninput = $("block").onchange = draw;
 draw();
 </script></html>
 """
@@ -376,326 +382,221 @@ draw();
 def write_html(encoding, recorder, path):
     """A page of heat maps, tokens by slots, for every segment and block; needs nothing else."""
     digits = "0123456789abcdefghijklmnopqrstuvwxyz"
+    texts = iter(texts_of(encoding, recorder.text()))
 
     def columns(weights):  # (T, N) -> for each slot a string, a digit to base 36 for each token
         return ["".join(digits[min(35, round(35 * w))] for w in slot)
                 for slot in weights.T.tolist()]
 
-    data = []
-    for segment in recorder.segments:
-        blocks = [{"read": columns(segment["read"][i]), "again": columns(segment["again"][i]),
-                   "write": columns(segment["write"][i].T),
-                   "gates": ", ".join(f"{name} {segment[name][i].mean():.2f}"
-                                      for name in ("input", "forget", "output"))}
-                  for i in range(len(recorder.blocks))]
-        data.append({"number": segment["number"], "blocks": blocks,
-                     "tokens": [encoding.decode([t]) for t in segment["tokens"]]})
-    text = json.dumps(data).replace("<", "\\u003c")
+    data = [{"number": segment["number"],
+             "tokens": [html.escape(next(texts)) for _ in segment["tokens"]],
+             "blocks": [{"read": columns(segment["read"][i]), "again": columns(segment["again"][i]),
+                         "write": columns(segment["write"][i].T), "gates": mean_gates(segment, i)}
+                        for i in range(len(recorder.blocks))]} for segment in recorder.segments]
     with open(path, "w", encoding="utf-8") as file:
-        file.write(PAGE.replace("DATA", text, 1))
-
-
-# --------------------------------------------------------------------------------------------
-# The paper's study (its Figure 6) in miniature
-
-def study(model, encoding, picture):
-    """What the "?" of a question reads before and after an update of the bank, and without one.
-
-    Segment 1 tells where Mary and John are, segment 2 that Mary moved; the rest is noise. In the
-    third the same question is asked of three banks: as segment 1 left it, as segment 2 did, and
-    one frozen after segment 1 while segment 2 went by.
-    """
-    size, noise = model.config.block_size, babi.make_noise(encoding, 0)(random.Random(0))
-
-    def segment(*facts):
-        tokens = encoding.encode_ordinary(" " + " ".join(facts)) if facts else []
-        while len(tokens) < size:
-            tokens += next(noise)
-        return tokens[:size]
-
-    old, other, new = ("Mary went to the kitchen.", "John travelled to the office.",
-                       "Mary moved to the garden.")
-    first, second, third = segment(old, other), segment(new), segment()
-    length = {fact: len(encoding.encode_ordinary(f" {fact}")) for fact in (old, other, new)}
-    facts = {old: 0, other: length[old], new: size}  # where each begins
-    questions = ("Where is Mary?", "Where is John?")
-    banks = ("before the update", "after the update", "bank frozen")
-    shares, answers = {}, {}
-    for question in questions:
-        asked = encoding.encode_ordinary(f" {question}")
-        for bank in banks:
-            with torch.no_grad(), Recorder(model) as recorder:
-                reader = Reader(model)
-                reader.read(list(first))
-                if bank != "before the update":
-                    frozen = reader.memory.banks
-                    reader.read(list(second))
-                    if bank == "bank frozen":
-                        reader.memory = reader.memory._replace(banks=frozen)
-                        recorder.source = recorder.before
-                prompt = third[:size - len(asked)] + asked
-                model(torch.tensor([prompt], device=model.device), memory=reader.memory)
-                traced = recorder.traced()
-                answers[question, bank] = encoding.decode(
-                    reader.generate(prompt, 2, temperature=0)).split(".")[0].strip()
-            for fact, start in facts.items():
-                shares[question, bank, fact] = float(traced[start:start + length[fact]].sum())
-            shares[question, bank, "noise"] = 1 - sum(shares[question, bank, f] for f in facts)
-    for question in questions:
-        print(f"\n{question:32}" + "".join(f"{bank:>19}" for bank in banks))
-        for fact in (*facts, "noise"):
-            row = [shares[question, bank, fact] for bank in banks]
-            print(f"  {fact:30}" + "".join(f"{share:19.2f}" for share in row))
-        print(f"  {'answer':30}" + "".join(f"{answers[question, bank]:>19}" for bank in banks))
-    print("\nof what the question's last token reads, the share written at each fact's words"
-          "\n(at noise: a later word of its segment, where attention had gathered the fact)")
-    plt = babi.matplotlib()
-    if not plt:
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
-    for axis, question in zip(axes, questions):
-        for i, (bank, hatch) in enumerate(zip(banks, ("", "//", ".."))):
-            heights = [shares[question, bank, fact] for fact in (*facts, "noise")]
-            axis.bar([x + 0.27 * i for x in range(4)], heights, 0.25, label=bank, hatch=hatch)
-        axis.set(title=question, ylim=(0, 1), xticks=[0.27, 1.27, 2.27, 3.27])
-        axis.set_xticklabels([fact.replace(" to the ", "\nto the ") for fact in (*facts, "noise")])
-    axes[0].set_ylabel("share of the read attention")
-    axes[1].legend(loc="upper right")
-    with or_die(f"{picture}: "):
-        figure.savefig(picture, dpi=130)
-    print(f"picture: {picture}")
-
-
-# --------------------------------------------------------------------------------------------
-# Constant memory, constant time
-
-def bench(model, encoding, n_read=1_000_000, n_generate=4096):
-    """Read and generate at length, and print ratios taken in this one run."""
-    try:
-        import resource
-    except ImportError:
-        die("--bench measures memory with Python's resource module, which Windows does not have")
-    noise, reader, times = babi.make_noise(encoding, 0)(random.Random(0)), Reader(model), []
-
-    def peak():
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB elsewhere
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-    def read_to(count):
-        while reader.count < count:
-            tokens = []
-            while len(tokens) < 1000:
-                tokens += next(noise)
-            reader.read(tokens)
-
-    read_to(10_000)
-    small = peak()
-    for tenth in range(1, 11):
-        start, before = time.time(), reader.count
-        read_to(10_000 + tenth * n_read // 10)
-        times.append((reader.count - before) / (time.time() - start))
-        print(f"read {reader.count:,} tokens, {times[-1]:,.0f} tokens/s", flush=True)
-    print(f"peak memory after 10,000 tokens {small:.0f} MiB, after all {peak():.0f} MiB: "
-          f"ratio {peak() / small:.3f}")
-    print(f"tokens/s in the last tenth over the first: {times[-1] / times[0]:.3f}")
-
-    whole = replace(model.config, memory="none", block_size=n_generate + 1)
-    for name, decoder in (("LM2", model), ("full window", LM2(whole).to(model.device).eval())):
-        tokens, ticks = torch.zeros(1, 1, dtype=torch.long, device=model.device), []
-        hook = decoder.norm.register_forward_hook(lambda *_: ticks.append(time.time()))
-        decoder.generate(tokens, n_generate, temperature=0)
-        hook.remove()
-        tenth = n_generate // 10
-        first, last = ticks[tenth] - ticks[0], ticks[-1] - ticks[-1 - tenth]
-        print(f"{name}: generated {n_generate} tokens, first tenth {1e3 * first / tenth:.2f} ms a "
-              f"token, last {1e3 * last / tenth:.2f}: ratio {last / first:.3f}")
+        file.write(PAGE.replace("DATA", json.dumps(data), 1))
 
 
 # --------------------------------------------------------------------------------------------
 # Asking
 
-def answer(reader, encoding, question):
-    """What the model says to the question, up to its full stop."""
+EXAMPLES = [example for task in babi.QUESTIONS.values() for example in task.examples]
+ASKING = {example.split()[0] for example in EXAMPLES}       # Where, What, Who, Is, How
+# {in small letters: as the stories spell it}
+SPELLING = {word.lower(): word.lower()
+            for text in itertools.chain(EXAMPLES, *babi.SENTENCES.values())
+            for word in re.findall(r"(?<![{\w])[A-Za-z]+", text)} | {n.lower(): n for n in NAMES}
+
+
+def sentences(typed):
+    """What a person typed, as sentences that the stories could have: facts with a full stop,
+    questions, with or without it, with their mark, and known words in their spelling."""
+    found = []
+    for text in re.split(r"(?<=[.?!])\s+", typed.strip()):
+        words = re.sub(r"[A-Za-z]+", lambda word: SPELLING.get(word[0].lower(), word[0]),
+                       text.rstrip(" .?!"))
+        if words:
+            first = words.split()[0]
+            if first in SPELLING:
+                words = words[0].upper() + words[1:]
+            asks = text.endswith("?") or first.capitalize() in ASKING
+            found.append(words + ("?" if asks else "!" if text.endswith("!") else "."))
+    return found
+
+
+def answer(reader, encoding, tasks, question):
+    """What the model says to the question, up to its full stop, if that is any answer to it."""
     said = reader.generate(encoding.encode_ordinary(tidy(question)), 16, temperature=0)
-    return encoding.decode(said).split(".")[0].strip()
+    said, asked = encoding.decode(said).split(".")[0].strip(), question.split()[0]
+    known = {"Where": PLACES, "Who": PEOPLE, "Is": {"yes", "no", "maybe"}, "How": babi.NUMBERS,
+             "What": {*PLACES, "nothing"}}.get(asked, ())
+    if not tasks or said in known or asked == "What" and {*said.split(",")} <= {*babi.OBJECTS}:
+        return printable(said)
+    return f'the model has no answer to that (it says "{printable(said)}")'
 
 
-def hint(encoding, tasks, text):
-    """A line on what the model cannot know: words, or a question's form; "" if there is nothing."""
-    words = set(re.findall(r"[A-Za-z]+", text))
+def hint(encoding, tasks, text, names=None):
+    """Print what the model cannot know: words, a question's form, a name that was never read."""
+    words, told = {*re.findall(r"[A-Za-z]+", text)}, ""
     unknown = sorted(word for word in words if len(encoding.encode_ordinary(f" {word}")) > 1)
-    if unknown and tasks:
-        return f"not among the words of the model's stories: {', '.join(unknown)}"
-    tasks = [name for task in tasks for name in (task, *babi.TASKS[task].along)]
-    known = {babi.shape(example, task) for task in tasks for example in babi.TASKS[task].examples}
-    if text.endswith("?") and tasks and not any(babi.shape(text, task) in known for task in tasks):
-        return "the model never saw such a question; it learned " + ", ".join(dict.fromkeys(
-            repr(babi.TASKS[task].examples[0]) for task in tasks))
-    return ""
+    forms = {babi.shape(form, task) for task in tasks for form in babi.QUESTIONS[task].examples}
+    asked = [name for name in NAME.findall(text) if name not in PLACES] or NAME.findall(text)
+    missing = [name for name in asked if names is not None and name not in names]
+    if unknown:
+        told = f"not among the words of the model's stories: {', '.join(unknown)}"
+    elif text.endswith("?") and not any(babi.shape(text, task) in forms for task in tasks):
+        told = "the model never saw such a question; it learned " + ", ".join(dict.fromkeys(
+            repr(babi.QUESTIONS[task].examples[0]) for task in tasks))
+    elif text.endswith("?") and missing:
+        told = f"nothing that was read names {' or '.join(missing)}"
+    if tasks and told:
+        print(f"hint: {printable(told)}", file=sys.stderr)
 
 
-def reply(reader, encoding, tasks, question, recorder=None, flags=None):
-    """Print the answer, and a hint where there is one. A question may come without its mark."""
-    question = question.strip().rstrip("?").rstrip() + "?"
-    if recorder:
-        recorder.look_away()  # what is generated leaves no trace
-    print(answer(reader, encoding, question))
-    if recorder:
-        recorder.watch()
-    if recorder and flags:  # once more in one piece, for the record
-        tokens = reader.rest + encoding.encode_ordinary(tidy(question))
-        reader.model(torch.tensor([tokens], device=reader.model.device), memory=reader.memory)
-        if flags.show:
-            show(encoding, recorder)
-        if flags.html:
-            with or_die(f"--html={flags.html}: "):
-                write_html(encoding, recorder, flags.html)
-            print(f"page: {flags.html}")
-    if note := hint(encoding, tasks, question):
-        print(f"hint: {note}", file=sys.stderr)
+def reply(reader, encoding, tasks, question):
+    """Print the answer, what the model says without its bank, and a hint where there is one."""
+    print(answer(reader, encoding, tasks, question))
+    length = len(reader.rest) + len(encoding.encode_ordinary(tidy(question)))
+    fits = length <= reader.model.config.block_size     # into the segment that was begun
+    if reader.model.n_banks and fits and reader.count == len(reader.rest):
+        print("no memory needed: all that was read is in the current segment")
+    elif reader.model.n_banks:
+        blank, fresh = copy.copy(reader), reader.model.fresh_memory(1)
+        blank.memory = reader.memory._replace(banks=fresh.banks)
+        blank.rest = reader.rest if fits else []
+        print(f"bank wiped: {answer(blank, encoding, tasks, question)}")
+    hint(encoding, tasks, question, reader.names)
 
 
-HELP = """type facts, and questions that end with ?; and
+def hear(reader, encoding, tasks, line):
+    """Read the facts of a line and answer its questions, in order; returns the last sentence."""
+    for sentence in sentences(line) if tasks else [line]:
+        if sentence.endswith("?"):
+            reply(reader, encoding, tasks, sentence)
+        else:
+            read_text(reader, encoding, tidy(sentence))
+            hint(encoding, tasks, sentence)
+    return sentence
+
+
+HELP = """type facts and questions; and
   /memory      what the slots hold
-  /reset       forget all
+  /far N       read N tokens of noise
   /load FILE   read a text
+  /reset       forget all
   /quit        leave, as Ctrl-C and Ctrl-D do"""
 
 
-def show_memory(encoding, recorder):
-    """A line for each slot that holds something: block, slot, and the words it goes back to."""
-    tokens, lines = recorder.text(), 0
-    for i, source in enumerate(recorder.source):
-        for slot, row in enumerate(source):
-            words = [f"{text} ({share:.2f})"
-                     for text, share in held(encoding, tokens, row, least=0.1)]
-            if words:
-                lines += 1
-                print(f"  block {i + 1}, slot {slot:2}: {' | '.join(words)}")
-    if not lines:
-        print("  nothing to trace: an LM2's bank is written when a segment is full")
-
-
-def chat(reader, encoding, tasks, clean, recorder):
+def chat(reader, encoding, tasks, flags):
     """Facts, questions and commands, line by line, until the end of the input."""
     terminal = sys.stdin.isatty()
-    if terminal:
-        print("Type facts and questions, or /help.")
-    with torch.no_grad():
-        while True:
+    print("Type facts and questions, or /help.\n" if terminal else "", end="")
+    while True:
+        try:
+            line = input("> " if terminal else "").strip("\ufeff").strip()
+        except (EOFError, KeyboardInterrupt):
+            print("\n" if terminal else "", end="")
+            break
+        except UnicodeDecodeError:
+            raise BadInput("standard input is not a text in UTF-8") from None
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            break
+        elif command == "/help":
+            print(HELP)
+        elif command == "/memory":
+            show_memory(encoding, reader)
+        elif command == "/reset":
+            reader = Reader(reader.model, Recorder(reader.model))
+        elif command == "/far" and re.fullmatch(" *[0-9]{1,9}", rest):
+            read_noise(reader, encoding, flags, int(rest))
+        elif command == "/load":
+            further, path = copy.copy(reader), rest.strip()
+            further.recorder = copy.copy(reader.recorder)
             try:
-                line = input("> " if terminal else "").strip()
-            except (EOFError, KeyboardInterrupt):
-                if terminal:
-                    print()
-                break
-            except UnicodeDecodeError:
-                die("standard input is not a text in UTF-8")
-            command, _, rest = line.partition(" ")
-            if command == "/quit":
-                break
-            elif command == "/help":
-                print(HELP)
-            elif command == "/memory":
-                show_memory(encoding, recorder)
-                if reader.rest:
-                    print(f"  not yet written: {encoding.decode(reader.rest).strip()}")
-            elif command == "/reset":
-                reader = Reader(reader.model)
-                recorder.forget()
-            elif command == "/load":
-                before = Reader(reader.model, reader.memory, reader.rest, reader.count)
-                try:
-                    print(read_stream(reader, encoding, rest.strip(), clean))
-                except (OSError, ValueError) as error:
-                    reader = before
-                    recorder.forget()
-                    reason = getattr(error, "strerror", None) or "not a text in UTF-8"
-                    print(f"error: {rest.strip()}: {reason}")
-            elif command.startswith("/"):
-                print(f"error: no command {command}; /help lists them")
-            elif line.endswith("?") and line.strip("? "):
-                reply(reader, encoding, tasks, line, recorder)
-            elif line.strip("? "):
-                line += "" if line.endswith((".", "!")) else "."
-                reader.read(encoding.encode_ordinary(tidy(line)))
-                if note := hint(encoding, tasks, line):
-                    print(f"hint: {note}", file=sys.stderr)
+                print(read_stream(further, encoding, path, tidy if tasks else str))
+                reader = further
+            except (OSError, ValueError) as error:  # all is as it was
+                why = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+                print(f"error: {printable(why)}")
+        elif command.startswith("/"):
+            print(f"error: no command {printable(line)}; /help lists them")
+        elif sentences(line):
+            hear(reader, encoding, tasks, line)
+
+
+def check(flags):
+    """BadInput for flags that do not go together, before anything is loaded or read."""
+    ask, prompt, story = flags.ask, flags.prompt, flags.story
+    for wrong, why in (
+            (ask is not None and not sentences(ask), "--ask is empty; give a question"),
+            (prompt == "", "--prompt is empty; give the beginning of a text"),
+            (ask and prompt, "--prompt continues a text, --ask answers a question: give one"),
+            ((flags.show or flags.html) and not ask,
+             "--show and --html look at an answer; give a question with --ask"),
+            (0 < flags.temperature < 1e-6, "--temperature must be 0 or at least 1e-6"),
+            (len(story.split()) == 1 and not os.path.exists(story), f"--story: no file {story}"),
+            (flags.html and os.path.realpath(flags.html) == os.path.realpath(flags.save_memory),
+             "--html and --save_memory name the same file")):
+        if wrong:
+            raise BadInput(why)
+    for name in ("html", "save_memory"):
+        if path := getattr(flags, name):
+            babi.must_be_new(name, path)
 
 
 def main():
-    babi.calm_streams()
-    flags = parse_flags(Flags, __doc__)
-    if flags.ask is not None and not flags.ask.strip(" ?\t\n"):
-        die("--ask is empty; ask something like --ask=\"Where is Mary?\"")
-    if flags.prompt is not None and not flags.prompt:
-        die("--prompt is empty; give the beginning of a text")
-    if flags.prompt is not None and flags.ask is not None:
-        die("--prompt continues a text and --ask answers a question: give one of them")
-    if (flags.show or flags.html) and flags.ask is None:
-        die("--show and --html look at an answer; give a question with --ask")
-    if flags.temperature != 0 and not 1e-6 < flags.temperature < 1e6:
-        die(f"--temperature={flags.temperature}: it must be 0 or a number from 1e-6 to 1e6")
-    for name in ("story", "read", "load_memory", "save_memory", "ask", "prompt", "show", "html"):
-        if (flags.study or flags.bench) and getattr(flags, name):
-            die(f"--study and --bench have texts of their own: leave --{name} away")
-    for name in ("html", "save_memory"):
-        if path := getattr(flags, name):
-            die_unless_new(name, path)
-    if flags.html and os.path.realpath(flags.html) == os.path.realpath(flags.save_memory or "."):
-        die("--html and --save_memory name the same file")
-    story = flags.story
-    if story and not os.path.exists(story) and len(story.split()) == 1:
-        die(f"--story={story}: no such file")
-    if flags.read and flags.read != "-" and not os.path.exists(flags.read):
-        die(f"--read={flags.read}: no such file")
+    babi.install_error_hook()
+    flags = babi.parse_flags(Flags, __doc__)
+    check(flags)
+    checkpoint = load_checkpoint(babi.find_checkpoint(flags.ckpt))
+    model, encoding = LM2.load(checkpoint, babi.find_device(flags.device))
     try:
-        device = babi.find_device(flags.device)
-        model, encoding = LM2.load(flags.ckpt, device)
-        trained = load_checkpoint(flags.ckpt)["train"]["flags"]
+        trained = checkpoint["train"]["flags"]
         tasks = () if trained["data"] else babi.parse_tasks(trained["task"])
-        reader = load_memory(model, flags.load_memory) if flags.load_memory else Reader(model)
-    except ValueError as error:
-        die(error)
-    except (KeyError, TypeError):
-        die(f"{flags.ckpt} does not say what it was trained on; train it anew")
-    if (flags.show or flags.html or flags.study) and not any(block.read for block in model.blocks):
-        die(f"{flags.ckpt} has no memory to look at: an LM2's banks can be traced")
+    except (AttributeError, KeyError, TypeError):
+        raise BadInput(f"{checkpoint['path']} does not say what it was trained on") from None
+    if not flags.ckpt:
+        print(f"model: {checkpoint['path']}", file=sys.stderr)
+    tasks = [name for task in tasks for name in (task, *babi.TASKS[task].along)]
     clean = tidy if tasks else str
+    reader = load_memory(model, flags.load_memory) if flags.load_memory else Reader(model)
+    chats = flags.prompt is None and flags.ask is None and not flags.save_memory
+    if flags.show or flags.html or chats:
+        reader.recorder = Recorder(model, resumed=bool(flags.load_memory))
+        if not reader.recorder.blocks and not chats:
+            raise BadInput("--show and --html look at an LM2's banks; this model has none")
+
+    if os.path.exists(flags.story):
+        read_stream(reader, encoding, flags.story, clean)
+    elif flags.story:
+        story = " ".join(sentences(flags.story)) if tasks else flags.story
+        read_text(reader, encoding, clean(story))
+    if flags.read:
+        print(read_stream(reader, encoding, flags.read, clean))
+    if flags.far:
+        read_noise(reader, encoding, flags, flags.far)
+    if flags.save_memory:
+        save_memory(reader, flags.save_memory)
 
     torch.manual_seed(flags.seed)
-    if flags.bench:
-        bench(model, encoding)
-        return
-    if flags.study:
-        study(model, encoding, os.path.join(os.path.dirname(flags.ckpt), "study.png"))
-        return
-    asks = flags.prompt is None and flags.ask is None and not flags.save_memory
-    recorder = Recorder(model) if flags.show or flags.html or asks else None
-    if recorder:
-        recorder.watch()
-    for name, given in (("story", story if os.path.exists(story) else ""), ("read", flags.read)):
-        if given:
-            with or_die(f"--{name}={given}: "):
-                note = read_stream(reader, encoding, given, clean)
-            if name == "read":
-                print(note)
-    if story and not os.path.exists(story):
-        reader.read(encoding.encode_ordinary(clean(story)))
-    if flags.save_memory:
-        try:
-            save_memory(reader, flags.save_memory)
-        except (OSError, RuntimeError):
-            die(f"--save_memory={flags.save_memory}: cannot write there")
     if flags.prompt is not None:
         said = reader.generate(encoding.encode_ordinary(flags.prompt), flags.max_new_tokens,
                                flags.temperature, flags.top_k)
-        print(flags.prompt + encoding.decode(said))
+        print(*map(printable, (flags.prompt + encoding.decode(said)).split("\n")), sep="\n")
     elif flags.ask is not None:
-        with torch.no_grad():
-            reply(reader, encoding, tasks, flags.ask, recorder, flags)
-    elif asks:
-        chat(reader, encoding, tasks, clean, recorder)
+        question = hear(reader, encoding, tasks, flags.ask.strip().rstrip("?") + "?")
+        if flags.show or flags.html:    # once more in one piece, for the record
+            tokens = reader.rest + encoding.encode_ordinary(tidy(question))
+            with torch.no_grad(), reader.recorder:
+                model(torch.tensor([tokens], device=model.device), memory=reader.memory)
+        if flags.show:
+            show(encoding, reader.recorder)
+        if flags.html:
+            write_html(encoding, reader.recorder, flags.html)
+            print(f"page: {printable(flags.html)}")
+    elif chats:
+        chat(reader, encoding, tasks, flags)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+"""Train several models alike and score them side by side: one table, one CSV, one picture.
+
+    python -m results.compare memory                # LM2, its rivals, and rivals as large
+    python -m results.compare parts --task=qa1,qa2  # LM2 without one part after another
+    python -m results.compare text --data=book.txt  # bits per byte of plain text
+    python -m results.compare memory --seeds=0 -- --steps=500 --n_layer=3   # flags of every arm
+
+Every arm is a run of train.py, which is printed, then of babilong_tiny.py. What is done already is
+not done again, so a stopped comparison goes on where it was; an arm whose loss is no longer a
+number is left out and named. All runs lie in the folder --out.
+"""
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+
+import torch
+
+import babilong_tiny as babi
+from babilong_tiny import flag
+from lm2 import LM2, BadInput, LM2Config, load_checkpoint
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DIVERGED = 3  # train.py's exit status
+
+
+@dataclass
+class Flags:
+    task: str = flag("qa1", "task of all arms")
+    data: str = flag("", "the text of `text`")
+    seeds: babi.token_counts = flag((0, 1, 2), "seeds that every arm gets")
+    lengths: babi.token_counts = flag(tuple(1024 * n for n in (0, 1, 4, 16, 64)),
+                                      "tokens of context that arms are scored at: 0,1k,4k")
+    samples: babi.token_counts = flag((500, 200, 200, 100, 50), "questions at each of the lengths")
+    babi_dir: str = flag("", "folder of real bAbI files to score on")
+    noise: str = flag("", "texts to hide the facts in when scored: a.txt,b.txt")
+    out: str = flag("", "folder of the runs (compare-STUDY)")
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+
+
+def count(flags):
+    """How many parameters a model has that train.py makes with these flags."""
+    given = dict(f[2:].split("=") for f in flags if "=" in f)
+    sizes = {f.name: f.type(given[f.name]) for f in fields(LM2Config) if f.name in given}
+    with torch.device("meta"):
+        model = LM2(LM2Config(babi.word_encoding().n_vocab, **sizes))
+    return sum(p.numel() for p in model.parameters())
+
+
+def matched(changes, flags):
+    """The changes, with a feed-forward so wide that there are as many weights as in LM2."""
+    def wider(hidden):
+        return [*changes, f"--n_hidden={hidden}"]
+    return wider(min(range(8, 2048, 4), key=lambda n: abs(count(flags + wider(n)) - count(flags))))
+
+
+def arms(study, flags):
+    """{name: flags of train.py that differ} of the models of a study; `flags` all have."""
+    layers = int(dict(f[2:].split("=") for f in flags if "=" in f).get("n_layer", 2))
+    vanilla, rmt = ["--memory=none"], ["--memory=rmt"]
+    depths = {f"memory in the first {k}": [f"--memory_layers={k}"]
+              for k in dict.fromkeys((layers // 2, 1)) if 0 < k < layers}
+    if study == "memory":
+        return {"LM2": [], "RMT": rmt, "RMT, as many weights": matched(rmt, flags),
+                "vanilla": vanilla, "vanilla, as many weights": matched(vanilla, flags),
+                "vanilla, full window": [*vanilla, "--block_size=4096"]}
+    if study == "parts":
+        off = {"no output gate": "output_gate", "no input gate": "input_gate",
+               "no forget gate": "forget_gate", "plain sigmoids": "hard_gates",
+               "no slot addresses": "address"}
+        return {"LM2": [], **{name: [f"--no-{part}"] for name, part in off.items()},
+                "gates that see news alone": ["--no-gates_see_bank"],
+                "banks may change": ["--keep=0"], "no local mixer": ["--conv=0"],
+                **{f"{n} slots": [f"--memory_slots={n}"] for n in (1, 4, 64)},
+                **depths, "memory in no block": vanilla}
+    return {"LM2": [], **depths, "vanilla": vanilla,
+            "vanilla, as many weights": matched(vanilla, flags)}
+
+
+def call(script, *given):
+    """Run a script of ours to its end, said in full; its exit status."""
+    print("python", script, *given, flush=True)
+    code = subprocess.run([sys.executable, os.path.join(HERE, script), *given]).returncode
+    if code not in (0, DIVERGED):
+        sys.exit(code)
+    return code
+
+
+def run_arm(name, seed, given, flags):
+    """Train and score one arm, unless that is done: its cells of the table, or none if diverged."""
+    out = os.path.join(flags.out, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
+    path = os.path.join(out, "ckpt.pt")
+    begun = ["--resume"] * os.path.exists(path)     # which ends at once where all is done
+    if call("train.py", *given, "--proof=0", f"--out={out}", *begun) == DIVERGED:
+        return []
+    trained = load_checkpoint(path)
+    if trained["train"]["step"] < trained["train"]["flags"]["steps"]:
+        raise KeyboardInterrupt     # it was stopped
+    about = {"arm": name, "seed": seed, "seconds": round(trained["train"]["seconds"]),
+             "parameters": sum(p.numel() for p in trained["model"].values())}
+    if flags.data:
+        rows = babi.read_csv(os.path.join(out, "log.csv"), ("step", "bits_per_byte"))
+        return [about | {"task": "text", "at": int(row["step"]),
+                         "value": float(row["bits_per_byte"])} for row in rows]
+    cells = []
+    for kind, n in (("", 0), (", retrieval", 5)) if name == "vanilla" else (("", 0),):
+        scores = os.path.join(out, f"scores{kind[2:]}.csv")
+        if not os.path.exists(scores):
+            call("babilong_tiny.py", f"--ckpt={path}", *babi.as_flags(babi.Flags(
+                lengths=flags.lengths, samples=flags.samples, babi_dir=flags.babi_dir,
+                noise=flags.noise, retrieve=n, csv=scores, device=flags.device)))
+        for row in babi.read_csv(scores, ("task", "tokens", "accuracy")):
+            cells.append(about | {"arm": name + kind, "task": row["task"], "at": int(row["tokens"]),
+                                  "value": float(row["accuracy"])})
+    return cells
+
+
+def report(cells, lost, path):
+    """Print mean and standard deviation over the seeds; write a CSV and a picture."""
+    print("\nleft out, as their loss was no longer a number: " + "; ".join(lost) if lost else "")
+    if not cells:
+        return
+    with babi.replaced(path + ".csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, cells[0])
+        writer.writeheader()
+        writer.writerows(cells)
+    spread = {}     # {task: {arm: {tokens or step: [a value for each seed]}}}
+    for cell in cells:
+        row = spread.setdefault(cell["task"], {}).setdefault(cell["arm"], {})
+        row.setdefault(cell["at"], []).append(cell["value"])
+    for task, rows in spread.items():
+        columns = sorted({at for row in rows.values() for at in row})[-1 if task == "text" else 0:]
+        print(f"\n{task:33}parameters  seconds  seeds"
+              + "".join(f"{babi.shorten(at):>14}" for at in columns))
+        for name, row in rows.items():
+            own = [cell for cell in cells if cell["arm"] == name]
+            print(f"{name:33}{own[0]['parameters']:>10,}"
+                  f"{statistics.mean(cell['seconds'] for cell in own):9.0f}"
+                  f"{len({cell['seed'] for cell in own}):7}"
+                  + "".join(f"  {statistics.mean(row[at]):.3f} ±{statistics.pstdev(row[at]):.3f}"
+                            for at in columns))
+    draw(path + ".png", spread)
+
+
+def draw(path, panels):
+    """Draw {title: {label: {x: [one value a seed]}}}: means, and bands to lowest and highest."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return print("\n(pip install matplotlib, and this ends with a picture)")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels) + 1.5, 4), sharey=True,
+                                squeeze=False, layout="constrained")
+    for axis, (title, lines) in zip(axes[0], panels.items()):
+        text = title == "text"
+        for i, (label, values) in enumerate(lines.items()):
+            axis.plot(list(values), [statistics.mean(v) for v in values.values()],
+                      "-" if text else "-" + "os^vDPX*<>hd"[i % 12], label=label)
+            axis.fill_between(list(values), [min(v) for v in values.values()],
+                              [max(v) for v in values.values()], alpha=0.15)
+        axis.set(title=title, xlabel="steps" if text else "tokens of context")
+        if not text:
+            ticks = sorted({x for values in lines.values() for x in values})
+            axis.set_xscale("symlog", base=2, linthresh=1024)
+            axis.set(ylim=(0, 1.03), xticks=ticks, xticklabels=[babi.shorten(x) for x in ticks])
+            axis.minorticks_off()
+    axes[0, 0].set_ylabel("bits per byte of held-out text" if "text" in panels else "accuracy")
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(f"\npicture: {path}", flush=True)
+
+
+def main():
+    babi.install_error_hook()
+    study, argv = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if study not in ("memory", "parts", "text"):
+        if "--help" not in sys.argv[1:] and "-h" not in sys.argv[1:]:
+            raise BadInput("say what to compare: memory, parts or text (see --help)")
+        argv = ["--help"]
+    border = argv.index("--") if "--" in argv else len(argv)
+    argv, extra = argv[:border], argv[border + 1:]
+    flags = babi.parse_flags(Flags, __doc__, argv)
+    if bool(flags.data) != (study == "text"):
+        raise BadInput("`text` needs --data=book.txt, and the others have none")
+    flags.out = flags.out or f"compare-{study}"
+    common = [f"--data={flags.data}" if flags.data else f"--task={flags.task}",
+              f"--device={flags.device}", *extra]
+    cells, lost = [], []
+    for seed in dict.fromkeys(flags.seeds):
+        for name, changes in arms(study, common).items():
+            print(f"\n{name}, seed {seed}")
+            found = run_arm(name, seed, [*common, *changes, f"--seed={seed}"], flags)
+            cells += found
+            lost += [] if found else [f"{name}, seed {seed}"]
+        report(cells, lost, os.path.join(flags.out, study))
+
+
+if __name__ == "__main__":
+    main()
