@@ -41,6 +41,7 @@ Where this departs from the paper, and why
 import math
 import os
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -116,21 +117,29 @@ class RMSNorm(nn.RMSNorm):
 # --------------------------------------------------------------------------------------------
 # The decoder
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def rotary_tables(length, dim, base, dtype, device):
+    """Cosines and sines (length, dim) of the angles that channel pairs turn by at each position."""
+    frequency = base ** (-torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
+    angle = torch.arange(length, device=device)[:, None] * frequency        # (length, dim / 2)
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+
+
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021) 0 .. length - 1, for `dim` channels."""
 
     def __init__(self, length, dim, base):
         super().__init__()
-        frequency = base ** (-torch.arange(0, dim, 2) / dim)                # (dim / 2)
-        angle = torch.arange(length)[:, None] * frequency                   # (length, dim / 2)
-        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
-        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
+        self.sizes = length, dim, base
 
     def forward(self, x, first=0):
         """Turn the channel pairs of x (..., T, dim), whose positions are first, first + 1, ..."""
-        rows = slice(first, first + x.size(-2))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = (table[first:first + x.size(-2)]
+                    for table in rotary_tables(*self.sizes, dtype, x.device))
         other = x.roll(x.size(-1) // 2, dims=-1)                            # of each pair
-        return (x * self.cos[rows] + other * self.sin[rows]).type_as(x)
+        return (x * cos + other * sin).type_as(x)
 
 
 class Attention(nn.Module):
@@ -267,10 +276,10 @@ class MemoryWrite(nn.Module):
     def attention(self, x):
         """How the slots attend to the tokens x (B, S, T, d), normed: (B, S, N, T).
 
-        One key more, all zero, lets a slot attend to nothing. The end of an unfinished segment
-        counts as the end of a whole one.
+        The softmax, over tokens, of 10 query x^T / sqrt(d) + position and of one key more, whose
+        score is 0: so a slot can attend to nothing. The end of an unfinished segment counts as the
+        end of a whole one. (Ten times as large as usual: a query starts small, and is learned soon.)
         """
-        # 10 times as large as usual: from its small start a query is learned soon
         scores = 10 * (x @ self.query.T).mT / x.size(-1) ** 0.5                 # (B, S, N, T)
         scores = scores + self.position[:, -x.size(-2):]
         return F.pad(scores, (0, 1)).softmax(-1)[..., :-1]

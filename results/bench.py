@@ -2,12 +2,14 @@
 
     OMP_NUM_THREADS=1 python -m results.bench   # on one CPU core; without it on all
     python -m results.bench --quick             # in seconds, to see whether it runs
+    python -m results.bench --run=out           # and how many kernels a run of train.py launched
 
 It reads 1,000,000 tokens: speed and the process's memory stay as they were. It generates after 100
 tokens and many more, with LM2's memory and with attention over all of them. It trains LM2 and the
 rival RMT beside vanilla at 4 and 64 segments, in turn, every token scored. The sizes are those of
 `python train.py`, the weights random: speed does not depend on them.
 """
+import os
 import statistics
 import sys
 import time
@@ -19,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import babilong_tiny as babi
 from babilong_tiny import flag
-from lm2 import LM2, LM2Config
+from lm2 import LM2, LM2Config, load_checkpoint
 
 
 @dataclass
 class Flags:
+    run: str = flag("", "folder of a run of train.py, whose kernels to count as well")
     quick: bool = flag(False, "tiny settings, to see whether it runs")
     device: str = flag("cpu", "auto, cpu, cuda or mps")
 
@@ -163,6 +166,38 @@ def bench_training(config, device, segments, rounds):
                                      shares_of_parts(*arms["LM2"], step).items()))
 
 
+def bench_run(folder, device, every=10):
+    """Replay the curriculum of a run from its log, each `every`-th step, and count kernels."""
+    checkpoint = load_checkpoint(os.path.join(folder, "ckpt.pt"))
+    saved, (model, encoding) = checkpoint["train"]["flags"], LM2.load(checkpoint, device)
+    log = babi.read_csv(os.path.join(folder, "log.csv"), ("step",))
+    curriculum = babi.Curriculum(
+        babi.parse_tasks(saved["task"]), encoding, babi.load_noise(saved["noise"], encoding, 0),
+        *(saved[name] for name in ("seed", "steps", "context", "batch_size", "batch_tokens",
+                                   "questions", "threshold")))
+    shapes = Counter()
+    for step in range(0, saved["steps"], every):
+        before = [row for row in log if int(row["step"]) <= step]
+        if before:
+            curriculum.stage = {task: int(before[-1][f"{task}_stage"]) for task in curriculum.tasks}
+        shapes[curriculum.batch(step)[0].shape] += every
+    kernels, optimizers = {}, model.train().optimizer()
+    for shape in shapes:
+        tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        for _ in range(2):      # optimizers make their state in the first
+            with Kernels() as counted:
+                model(tokens, tokens)[1].backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        kernels[shape] = counted.count
+    print(f"\n{folder}: {len(shapes)} shapes; segments: about so many steps, kernels in one")
+    print("; ".join(f"{length // model.config.block_size}: {count}, {kernels[rows, length]:,}"
+                    for (rows, length), count in sorted(shapes.items(), key=lambda s: s[0][1])))
+    print(f"in all {sum(count * kernels[shape] for shape, count in shapes.items()) / 1e6:.2f} "
+          "million kernels")
+
+
 def main():
     babi.install_error_hook()
     flags = babi.parse_flags(Flags, __doc__)
@@ -175,6 +210,8 @@ def main():
     bench_reading(model, 20_000 if flags.quick else 1_000_000)
     bench_generation(model, (10, 300) if flags.quick else (100, 10_000, 100_000),
                      5 if flags.quick else 100)
+    if flags.run:
+        bench_run(flags.run, device)
     for segments in (1, 2) if flags.quick else (4, 64):
         bench_training(config, device, segments, 2 if flags.quick else 9)
 

@@ -36,7 +36,7 @@ class Flags:
     samples: babi.token_counts = flag((500, 200, 200, 100, 50), "questions at each of the lengths")
     babi_dir: str = flag("", "folder of real bAbI files to score on")
     noise: str = flag("", "texts to hide the facts in when scored: a.txt,b.txt")
-    out: str = flag("", "folder of the runs (compare-STUDY)")
+    out: str = flag("", "folder of the runs (out-STUDY)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
@@ -186,7 +186,7 @@ def main():
     flags = babi.parse_flags(Flags, __doc__, argv)
     if bool(flags.data) != (study == "text"):
         raise BadInput("`text` needs --data=book.txt, and the others have none")
-    flags.out = flags.out or f"compare-{study}"
+    flags.out = flags.out or f"out-{study}"
     common = [f"--data={flags.data}" if flags.data else f"--task={flags.task}",
               f"--device={flags.device}", *extra]
     cells, lost = [], []
