@@ -51,9 +51,9 @@ def count(flags):
 
 def matched(changes, flags):
     """The changes, with a feed-forward so wide that there are as many weights as in LM2."""
-    def wider(hidden):
-        return [*changes, f"--n_hidden={hidden}"]
-    return wider(min(range(8, 2048, 4), key=lambda n: abs(count(flags + wider(n)) - count(flags))))
+    least, next_, wanted = (count([*flags, *more]) for more in (
+        [*changes, "--n_hidden=1"], [*changes, "--n_hidden=2"], []))
+    return [*changes, f"--n_hidden={1 + round((wanted - least) / (next_ - least))}"]
 
 
 def arms(study, flags):
