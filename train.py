@@ -58,7 +58,7 @@ class Flags:
     hard_gates: bool = flag(True, "gates that can shut and open wholly")
     address: bool = flag(True, "give every slot a learned name")
     # training
-    steps: int = flag(2000, "training steps", 1)
+    steps: int = flag(3000, "training steps", 1)
     batch_size: int = flag(32, "samples in a step while contexts are short", 1)
     batch_tokens: int = flag(8192, "most tokens in a step: long contexts, small batches", 1)
     context: int = flag(4096, "tokens of the longest training context", 64, 2**24)
