@@ -434,7 +434,7 @@ elif flags.proof:
     # built-in noise is of another seed, a book never trained on; given texts are the same
     proof_noise = babi.load_noise(flags.noise, encoding, f"proof {flags.seed}")
     # {times the longest context: samples}
-    counts = {1: 200, 4: 100, 16: 50, 64: 20, 256: 20} if len(tasks) == 1 else {1: 100}
+    counts = {1: 200, 4: 100, 16: 50, 64: 20, 256: 10} if len(tasks) == 1 else {1: 100}
     lengths = {flags.context * n: count for n, count in counts.items() if n <= flags.proof}
     for row in babi.proof_table(model, encoding, tasks, lengths, proof_noise, flags.seed):
         name = f"{row['tokens'] // flags.context}x" if len(tasks) == 1 else row["task"]
