@@ -278,7 +278,7 @@ class MemoryWrite(nn.Module):
 
         The softmax, over tokens, of 10 query x^T / sqrt(d) + position and of one key more, whose
         score is 0: so a slot can attend to nothing. The end of an unfinished segment counts as the
-        end of a whole one. (Ten times as large as usual: a query starts small, and is learned soon.)
+        end of a whole one. (Ten times as large as usual: queries start small, and learn soon.)
         """
         scores = 10 * (x @ self.query.T).mT / x.size(-1) ** 0.5                 # (B, S, N, T)
         scores = scores + self.position[:, -x.size(-2):]

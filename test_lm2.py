@@ -1308,9 +1308,8 @@ def test_several_tasks_are_learned_and_scored_together(tmp_path, book, monkeypat
     assert re.search(r"qa8 +0\.\d{3} ±0\.\d{3} ", out) and "last mentioned" in out
     assert run("babilong_tiny.py", *scoring, "--csv=scores.csv") == out
     assert sorted(os.listdir()) == ["book.txt", "out", "scores.csv"]
-    cells = [[c["task"], c["tokens"], c["samples"]] for c in babi.read_csv("scores.csv", [])]
-    rows = [["0", "5"], ["1024", "3"], ["2048", "3"]]
-    assert cells == [[task, *row] for task in ("qa1", "qa8") for row in rows]
+    assert [" ".join(list(cell.values())[:3]) for cell in babi.read_csv("scores.csv", [])] == [
+        f"{task} {cell}" for task in ("qa1", "qa8") for cell in ("0 5", "1024 3", "2048 3")]
 
 
 # Runs that end early, and many processes
@@ -1369,13 +1368,13 @@ def test_killed_again_and_again_a_run_ends_with_the_very_same_weights(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLER, *flags, f"{tmp_path}/killed"], cwd=HERE,
                           text=True, capture_output=True)
     assert 246 <= done.returncode <= 252, done.stderr   # killed ten times, or four at least
-    (whole, log), (killed, other_log) = (ended(tmp_path / name, 120) for name in ("whole", "killed"))
-    assert whole == killed and log[-3:] == other_log[-3:]
+    (whole, log), (weights, rows) = (ended(tmp_path / name, 120) for name in ("whole", "killed"))
+    assert weights == whole and rows[-3:] == log[-3:]
 
 
 @pytest.mark.parametrize("place, name, broken, status, said", [
     (torch, "save", lambda data, file: file.write(b"half") and os.close(-1), 2,
-     r"error: .*ckpt\.pt: .*\n"),
+     r"error: .*ckpt\.pt cannot be written .*\n"),
     (LM2, "head", lambda self, x, head=LM2.head: head(self, x) * math.nan, 3,
      r"\nstep 10: the loss is nan.*\n"),
     (torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf), 3,
@@ -1415,7 +1414,8 @@ BAD = {     # what the complaint names, where it is not the last flag; %20 stand
 --noise={bad}/short.txt -> 0 sentences; --tokenizer={bad}/noise.bin -> noise.bin
 --out={bad}/short.txt -> short.txt; --out={bad}/log -> log.csv; --out={bad}/cut -> --resume
 --resume --out={bad} -> no checkpoint; --resume --out={bad}/cut -> cut short
---out={tiny} --resume --n_layer=3; WORLD_SIZE=; WORLD_SIZE=x; WORLD_SIZE=99 -> 99; RANK=x""",
+-x; --no-steps; --steps=--; --lr=1e999; --out={tiny} --resume --n_layer=3
+WORLD_SIZE=; WORLD_SIZE=x; WORLD_SIZE=99 -> 99; RANK=x""",
     "babilong_tiny.py": """
 --task=qa99; --length=12; --facts_in=0.5,0.1; --babi_dir={bad} -> line 2; --babi_dir=no -> no
 --noise={bad}/facts.txt -> 0 sentences; --ckpt={bad}/cut/ckpt.pt -> cut short
@@ -1460,7 +1460,7 @@ def test_bad_input_gets_one_clear_line_and_changes_no_file(script, case, bad, ti
     given, _, names = case.format(bad=bad, tiny=tiny).partition(" -> ")
     flags = [flag.replace("%20", " ") for flag in given.split()]
     names = names or flags[-1].split("=")[0]
-    if not given.startswith("--"):
+    if not given.startswith("-"):
         monkeypatch.setenv(*flags.pop().split("="))
     for wanted, flag in (("train", f"--out={bad}/out"), ("sample", f"--ckpt={tiny}/ckpt.pt")):
         if script.startswith(wanted) and flag[:6] not in given:
@@ -1470,104 +1470,37 @@ def test_bad_input_gets_one_clear_line_and_changes_no_file(script, case, bad, ti
     assert before == {path: path.is_file() and path.read_bytes() for path in bad.rglob("*")}
 
 
-JUNK = ("", " ", "-1", "0", "nan", "inf", "1e999", "9" * 5000, "x" * 20000, "0x10", "--", "-", "=",
-        "\n\r\t\x1b[31m", "\udcff\udc80", "\N{FOX FACE}" * 50, "/dev/null", "%s%n{0}", "1,2,,3",
-        "0.5,0.1", "True", "qa1,qa1,", "1k,2k,", "1_000", "None", "[]", "all,all", "cuda:-1")
-
-
-def test_hostile_flags_get_one_line(monkeypatch):
-    rng, configs, parse = random.Random(1), [babi.Flags, sample.Flags], babi.parse_flags
-    monkeypatch.setattr(babi, "parse_flags", lambda config, *_: sys.exit(configs.append(config)))
-    call("train.py")
-    for trial in range(1500):
-        names = [f"--{f.name}" for f in dataclasses.fields(configs[trial % 3])] + ["-x", "--out-"]
-        flags = [rng.choice((f"{rng.choice(names)}={rng.choice(JUNK)}", rng.choice(JUNK),
-                             rng.choice(names), f"--no-{rng.choice(names)[2:]}"))
-                 for _ in range(rng.randint(1, 4))]
-        try:
-            assert isinstance(parse(configs[trial % 3], "", flags), configs[trial % 3])
-        except BadInput:
-            pass
-
-
-def test_hostile_files_get_one_line_and_any_text_is_encoded_and_decoded(tmp_path):
-    rng, path, good = random.Random(2), tmp_path / "file", b"1 Mary went home.\n2 Who?\tx\t1\n" * 2
-    encoding = babi.word_encoding()
-    readers = (babi.read_babi, babi.load_encoding, lambda path: babi.book_noise(encoding, [path]),
-               lambda path: list(babi.read_sentences(path)))
-    for trial in range(500):
-        data = bytearray(good)
-        for at in rng.sample(range(len(good)), rng.randint(1, 6)):
-            data[at:at + rng.randint(0, 2)] = rng.choice((
-                rng.randbytes(3), b"\t", b"\n", b"\0", b"9" * 5000, b"\xc3\xa9", b"x" * 10000))
-        path.write_bytes(rng.choice((data, rng.randbytes(rng.randint(0, 300)))))
-        try:
-            readers[trial % 4](str(path))
-        except BadInput as error:
-            assert "\n" not in str(error) and str(path) in str(error), error
-        text = "".join(chr(rng.choice((rng.randrange(128), rng.randrange(0xD800),
-                                       rng.randrange(0xE000, 0x110000)))) for _ in range(200))
-        assert encoding.decode(encoding.encode_ordinary(text)) == text
-
-
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)
 
 
-def test_hostile_checkpoints_run_no_code_and_what_loads_can_be_asked(tiny, tmp_path, monkeypatch):
+def test_hostile_files_run_no_code_and_are_refused_in_one_line_or_can_be_used(tiny, tmp_path,
+                                                                             monkeypatch):
+    def ask(path):
+        model, encoding = LM2.load(path)
+        said = model.generate(torch.tensor([encoding.encode_ordinary("Where?")]), 3)[0].tolist()
+        assert encoding.decode(said).startswith("Where?")
+
     monkeypatch.chdir(tmp_path)
-    rng, loaded, good = random.Random(3), 0, (tiny / "ckpt.pt").read_bytes()
-    for trial in range(120):
-        broken = bytearray(good)
-        for at in rng.sample(range(len(good)), rng.randint(1, 50)):
-            broken[at] = rng.randrange(256)
-        Path("forged.pt").write_bytes(rng.choice((
-            broken, broken, good[:rng.randrange(len(good))], pickle.dumps({"config": Bomb()}, 2),
-            pickle.dumps(Bomb(), 2), b"PK\3\4" + rng.randbytes(100), rng.randbytes(9), b"")))
+    rng, used, story = random.Random(3), set(), b"1 Mary went home.\n2 Who?\tx\t1\n"
+    readers = [(ask, (tiny / "ckpt.pt").read_bytes()), (babi.read_babi, story),
+               (babi.load_encoding, story), (lambda path: list(babi.read_sentences(path)), story)]
+    for trial in range(480):
+        reader, good = readers[trial % 4]
+        data = bytearray(good)
+        for at in rng.sample(range(len(good)), rng.randint(1, 6)):
+            data[at:at + rng.randint(0, 2)] = rng.choice((
+                rng.randbytes(1), b"\t", b"\n", b"\0", b"9" * 5000, b"\xc3\xa9", b"x" * 10000))
+        Path("file").write_bytes(rng.choice((
+            data, data, good[:rng.randrange(len(good))], rng.randbytes(300),
+            pickle.dumps(Bomb(), 2), pickle.dumps({"config": Bomb()}, 2))))
         try:
-            model, encoding = LM2.load("forged.pt")
+            reader("file")
+            used.add(reader)
         except BadInput as error:
-            assert "\n" not in str(error) and "forged.pt" in str(error), error
-        else:
-            loaded += 1
-            question = torch.tensor([encoding.encode_ordinary("Where is Mary?")])
-            said = encoding.decode(model.generate(question, 3)[0].tolist())
-            assert said.startswith("Where is Mary?")
-    assert loaded and os.listdir() == ["forged.pt"]
-
-
-# What a run has learned
-
-def test_the_memory_is_learned_and_nothing_else_does_it(learned):
-    """Facts in the first segment, questions in the second: right with the bank, chance without."""
-    accuracy = {key: float(value) for key, value in re.findall(r"(\w+_1x): ([\d.]+)", learned[0])}
-    assert accuracy["memory_1x"] > 0.8, learned[0]
-    assert accuracy["wiped_1x"] < 0.35 and accuracy["swapped_1x"] < 0.45, learned[0]
-
-
-def test_scores_are_what_generation_says(learned):
-    """The table's exact match, of stories it has learned to answer and of others."""
-    model, encoding = LM2.load(learned[1] / "ckpt.pt")
-    rng, seen = random.Random(0), set()
-    samples = [babi.make_sample(task, rng) for task in ("qa1", "qa8") for _ in range(20)]
-    for sample, right in babi.score(model, encoding, samples, 0, None, rng):
-        question = sample.questions[0]
-        prompt = encoding.encode_ordinary(" " + " ".join((*sample.facts, question.text)))
-        said = model.generate(torch.tensor([prompt]), 8, temperature=0)[0, len(prompt):].tolist()
-        answer = encoding.encode_ordinary(f" {question.answer}.")
-        assert right == (said[:len(answer)] == answer)
-        seen.add(right)
-    assert seen == {True, False}
-
-
-def test_without_a_memory_the_model_is_shown_what_its_window_holds():
-    model, tokens = random_model(memory="none"), random_tokens(B=20, T=18)
-    for span in (1, 3, 4, 7):
-        targets = torch.full_like(tokens, -1)
-        guess = model(tokens[:, -max(4, span):])[0].argmax(-1)[:, -span:]
-        targets[:10, -span:], targets[10:, -span:] = guess[:10], (guess[10:] + 1) % 11
-        assert babi.answered(model, tokens, targets).tolist() == [True] * 10 + [False] * 10
+            assert "\n" not in str(error) and "file" in str(error), error
+    assert ask in used and os.listdir() == ["file"]
 
 
 # Asking: sample.py
@@ -1703,7 +1636,7 @@ def test_lines_files_flags_and_pipes_are_the_same_story(ckpt, tmp_path):
     assert run("sample.py", ckpt, f"--story={path}", ask) == said
     lines = "Mary went to the kitchen.\n\nJohn  moved to\tthe office\n" * 20
     one_line = "\ufeff" + "mary went to the Kitchen. John moved to the office. " * 20
-    for typed in (f"{lines}Where is Mary?\n", f"{lines}where is mary\n", f"{one_line}Where is Mary?"):
+    for typed in (lines + "Where is Mary?\n", lines + "where is mary", one_line + "Where is Mary?"):
         assert run("sample.py", ckpt, input=typed) == said
     out = run("sample.py", ckpt, "--read=-", ask, input=story)
     assert out.startswith("read 240 tokens in") and out.endswith(said)
@@ -1715,10 +1648,10 @@ def test_lines_files_flags_and_pipes_are_the_same_story(ckpt, tmp_path):
 
 def test_a_chat_has_commands_and_a_question_or_a_failed_load_leaves_no_trace(ckpt, tmp_path):
     (tmp_path / "good").write_text("Mary went to the kitchen. " * 15)
-    (tmp_path / "bad").write_bytes((STORY * 3000).encode() + b"na\xefve")   # found when half is read
-    typed = "/load {0}/good\n/memory\nWhere is Mary?\n/load {0}/bad\n/load {0}\n/load {0}/no\n/memory\n" \
-        "/x\n/reset\n/memory\n/far x\n/far 100\n/memory\n/quit\n/x\n".format(tmp_path)
-    out = run("sample.py", ckpt, input=typed)
+    (tmp_path / "bad").write_bytes((STORY * 3000).encode() + b"na\xefve")   # found in the middle
+    typed = f"/load {tmp_path}/good;/memory;Where is Mary?;/load {tmp_path}/bad;/load {tmp_path};" \
+        f"/load {tmp_path}/no;/memory;/x;/reset;/memory;/far x;/far 100;/memory;/quit;/x"
+    out = run("sample.py", ckpt, input=typed.replace(";", "\n"))
     first, second, empty, noise = re.findall(r"(?:^  .*\n)+", out, flags=re.M)
     assert "read 90 tokens" in out and "not yet written: kitchen. Mary" in first and second == first
     assert "nothing to trace" in empty and "nothing to trace" not in noise
@@ -1727,10 +1660,11 @@ def test_a_chat_has_commands_and_a_question_or_a_failed_load_leaves_no_trace(ckp
 
 
 @pytest.mark.parametrize("task, question, names, said", [
-    ("qa6", "Is Mary in the garden?", {"Mary"}, ""), ("qa6", "Is Mary in the garden?", set(), "Mary"),
-    ("qa4", "What is north of the office?", set(), "office"), ("qa2", "Where is the milk?", None, ""),
-    ("qa4", "What is north of the office?", {"office"}, ""), ("qa1", "Why did Zoe sing?", None, "Zoe"),
-    ("qa2", "Where is the milk?", {"Mary"}, "milk"), ("qa1", "Is Mary in the park?", None, "never saw"),
+    ("qa6", "Is Mary in the office?", {"Mary"}, ""), ("qa1", "Is Mary?", None, "never"),
+    ("qa6", "Is Mary in the office?", set(), "Mary"),
+    ("qa4", "What is north of the office?", set(), "office"),
+    ("qa4", "What is north of the office?", {"office"}, ""), ("qa1", "Why did Zoe?", None, "Zoe"),
+    ("qa2", "Where is the milk?", {"Mary"}, "milk"), ("qa2", "Where is the milk?", None, ""),
     ("qa5", "Who gave the milk to Bill?", {"milk", "Fred"}, "Bill")])
 def test_a_hint_names_what_the_model_never_read_or_learned(task, question, names, said, capsys):
     sample.hint(babi.word_encoding(), [task], question, names)
@@ -1741,11 +1675,12 @@ def test_a_hint_names_what_the_model_never_read_or_learned(task, question, names
 def test_a_saved_memory_knows_its_model_whom_it_named_and_that_it_is_of_an_earlier_session(
         ckpt, tiny, tmp_path):
     memory = f"{tmp_path}/memory.pt"
-    told = call("sample.py", ckpt, f"--story={STORY * 20}", f"--save_memory={memory}", "--ask=Who is Bill?")
-    again = call("sample.py", ckpt, f"--load_memory={memory}", "--ask=Who is Bill?", "--show")
-    assert again[1].startswith(told[1]) and "an earlier session" in again[1]
+    ask, story = "--ask=Where is Mary?", f"--story={STORY * 20}"
+    told = run("sample.py", ckpt, story, f"--save_memory={memory}", ask)
+    again = run("sample.py", ckpt, f"--load_memory={memory}", ask, "--show")
+    assert again.startswith(told) and "an earlier session" in again and "nothing yet" not in again
     out = run("sample.py", ckpt, f"--load_memory={memory}", input="Where is John?\n/memory\n")
-    assert "an earlier session" in out and "nothing yet" not in again[1]
+    assert "an earlier session" in out
     asked = [ckpt, f"--load_memory={memory}", "--ask=Where is Sandra?"]
     assert call("sample.py", *asked)[2] == "hint: nothing that was read names Sandra\n"
     assert "another model" in refused("sample.py", f"--ckpt={tiny}/ckpt.pt", *asked[1:])
@@ -1755,7 +1690,7 @@ def test_a_saved_memory_knows_its_model_whom_it_named_and_that_it_is_of_an_earli
     assert run("sample.py", *asked)
 
 
-def test_noise_is_read_token_by_token_from_its_seed(loaded):
+def test_noise_is_of_its_seed_and_as_long_as_is_said(loaded):
     reader, flags = sample.Reader(loaded[0]), sample.Flags(seed=3)
     sample.read_noise(reader, loaded[1], flags, 50)
     noise = babi.make_noise(loaded[1], 3)(random.Random("3 0"))
@@ -1765,7 +1700,7 @@ def test_noise_is_read_token_by_token_from_its_seed(loaded):
 
 
 @pytest.mark.parametrize("n_rest, kept", [(10, True), (60, True), (61, False)])
-def test_a_wiped_bank_leaves_what_is_in_the_current_segment_alone(loaded, monkeypatch, n_rest, kept):
+def test_a_wiped_bank_leaves_what_is_in_the_current_segment(loaded, monkeypatch, n_rest, kept):
     model, encoding = loaded
     reader, asked = sample.Reader(model), []
     reader.read([65] * (64 + n_rest))
@@ -1777,7 +1712,7 @@ def test_a_wiped_bank_leaves_what_is_in_the_current_segment_alone(loaded, monkey
     assert wiped.rest == ([65] * n_rest if kept else [])
 
 
-def test_a_text_is_read_and_recorded_in_pieces_as_it_would_be_at_once(loaded, tmp_path, monkeypatch):
+def test_a_text_is_read_and_recorded_in_pieces_as_at_once(loaded, tmp_path, monkeypatch):
     model, encoding = loaded
     text = "Mary went to the kitchen, and na\u00efve\nJohn slept.  " * 200
     monkeypatch.setattr(babi, "text_pieces", partial(babi.text_pieces, size=37))
@@ -1824,8 +1759,9 @@ def test_a_text_is_continued_as_flags_say(ckpt):
     flags = [ckpt, "--prompt=the\tcat\nsat", "--max_new_tokens=12"]
     greedy = run("sample.py", *flags, "--temperature=0")
     assert greedy.startswith("the\\tcat\nsat") and run("sample.py", *flags, "--top_k=1") == greedy
-    hot = [run("sample.py", *flags, "--temperature=5", "--top_k=0", f"--seed={n}") for n in (1, 1, 2)]
-    assert hot[0] == hot[1] != hot[2] and hot[0] != greedy
+    first, again, other = (run("sample.py", *flags, "--temperature=5", "--top_k=0", f"--seed={n}")
+                           for n in (1, 1, 2))
+    assert first == again != other and first != greedy
 
 
 # Results
@@ -1833,7 +1769,7 @@ def test_a_text_is_continued_as_flags_say(ckpt):
 def test_a_comparison_trains_and_scores_every_arm_once_and_leaves_out_what_diverges(tmp_path,
                                                                                     monkeypatch):
     flags = ["memory", "--seeds=7", "--lengths=0,256", "--samples=4,4", f"--out={tmp_path}",
-             "--device=cpu", "--", "--steps=3", *TINY[:5]]
+             "--device=cpu", "--", "--steps=3", "--n_layer=1", *TINY[:5]]
     ran, lost = [], "no arm"
 
     def process(command):
@@ -1846,7 +1782,8 @@ def test_a_comparison_trains_and_scores_every_arm_once_and_leaves_out_what_diver
     monkeypatch.setattr(subprocess, "run", process)
     out = run("results/compare.py", *flags)
     assert len(ran) == 6 + 7 and len(re.findall("(?m)^[LRv].* 1  [01]", out)) == 7
-    cells = {row["arm"]: int(row["parameters"]) for row in babi.read_csv(tmp_path / "memory.csv", [])}
+    rows = babi.read_csv(tmp_path / "memory.csv", [])
+    cells = {row["arm"]: int(row["parameters"]) for row in rows}
     for arm in ("RMT, as many weights", "vanilla, as many weights"):
         assert cells[arm] == pytest.approx(cells["LM2"], rel=0.03)
     before, lost = {path: path.read_bytes() for path in tmp_path.glob("*/*.pt")}, tmp_path / "RMT-7"
@@ -1880,6 +1817,39 @@ def test_the_benchmark_runs_and_counts_kernels():
     out = call("results/bench.py", "--quick")[1]
     rows = re.findall(r"(?m)^(vanilla|RMT|LM2) +[\d,]+ ", out)
     assert rows == ["LM2"] + 2 * ["vanilla", "RMT", "LM2"] and "kernels" in out and "ratio" in out
+
+
+# What the long run has learned: last, as it takes its time
+
+def test_the_memory_is_learned_and_nothing_else_does_it(learned):
+    """Facts in the first segment, questions in the second: right with the bank, chance without."""
+    accuracy = {key: float(value) for key, value in re.findall(r"(\w+_1x): ([\d.]+)", learned[0])}
+    assert accuracy["memory_1x"] > 0.8, learned[0]
+    assert accuracy["wiped_1x"] < 0.35 and accuracy["swapped_1x"] < 0.45, learned[0]
+
+
+def test_scores_are_what_generation_says(learned):
+    """The table's exact match, of stories it has learned to answer and of others."""
+    model, encoding = LM2.load(learned[1] / "ckpt.pt")
+    rng, seen = random.Random(0), set()
+    samples = [babi.make_sample(task, rng) for task in ("qa1", "qa8") for _ in range(20)]
+    for sample, right in babi.score(model, encoding, samples, 0, None, rng):
+        question = sample.questions[0]
+        prompt = encoding.encode_ordinary(" " + " ".join((*sample.facts, question.text)))
+        said = model.generate(torch.tensor([prompt]), 8, temperature=0)[0, len(prompt):].tolist()
+        answer = encoding.encode_ordinary(f" {question.answer}.")
+        assert right == (said[:len(answer)] == answer)
+        seen.add(right)
+    assert seen == {True, False}
+
+
+def test_without_a_memory_the_model_is_shown_what_its_window_holds():
+    model, tokens = random_model(memory="none"), random_tokens(B=20, T=18)
+    for span in (1, 3, 4, 7):
+        targets = torch.full_like(tokens, -1)
+        guess = model(tokens[:, -max(4, span):])[0].argmax(-1)[:, -span:]
+        targets[:10, -span:], targets[10:, -span:] = guess[:10], (guess[10:] + 1) % 11
+        assert babi.answered(model, tokens, targets).tolist() == [True] * 10 + [False] * 10
 
 
 if __name__ == "__main__":

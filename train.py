@@ -222,7 +222,10 @@ def prepare(step):
 torch.manual_seed(flags.seed)
 sizes = {f.name: getattr(flags, f.name) for f in fields(LM2Config) if hasattr(flags, f.name)}
 config = LM2Config(encoding.n_vocab, **sizes)
-model = LM2(config).to(device)
+try:
+    model = LM2(config).to(device)
+except (MemoryError, RuntimeError) as error:
+    raise BadInput(f"this model cannot be built: {str(error).splitlines()[0]}") from None
 optimizers = model.optimizer(flags.lr, flags.muon_lr, flags.weight_decay)
 rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 # where the run stands
@@ -297,8 +300,13 @@ def save():
     data = {"config": asdict(config), "model": model.state_dict(),
             "tokenizer": {"pattern": encoding._pat_str, "tokens": tokens},
             "train": state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}}
-    with babi.replaced(ckpt_path, "wb") as file:
-        torch.save(data, file)
+    try:
+        with babi.replaced(ckpt_path, "wb") as file:
+            torch.save(data, file)
+    except (OSError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise BadInput(f"{ckpt_path} cannot be written ({why}); the one from before, if there is "
+                       "one, is whole: make room and --resume") from None
 
 
 def log(seconds):
