@@ -65,7 +65,7 @@ class Flags:
     window: int = flag(512, "tokens of a training window, with --data", 1, 2**24)
     questions: int = flag(4, "questions at the end of a training sample", 1)
     threshold: float = flag(0.9, "way from chance to all right that moves a task on", 0, 1)
-    keep: float = flag(0.3, "weight of the banks' mean change in the loss, while it cools down", 0)
+    keep: float = flag(1.0, "weight of the banks' mean change in the loss, while it cools down", 0)
     lr: float = flag(2e-3, "AdamW learning rate (all but the matrices inside blocks)", 0, 100)
     muon_lr: float = flag(1e-2, "Muon learning rate (matrices inside blocks)", 0, 100)
     weight_decay: float = flag(0.1, "decay of the matrices inside blocks, but the gates'", 0, 100)
