@@ -1088,8 +1088,8 @@ def proof_table(model, encoding, tasks, lengths, noise, seed=0):
                 found = answered_by_bank(model, *stack([pair for _, pair in fit[i:i + size]]))
                 right.update({bank: int(hit.sum()) for bank, hit in found.items()})
             row = {"task": task, "tokens": length, "samples": len(fit)} | {
-                bank: right[bank] / len(fit) if fit else math.nan
-                for bank in ("memory", "wiped", "swapped")}
+                bank: right[bank] / len(fit) if len(fit) > (bank == "swapped") else math.nan
+                for bank in ("memory", "wiped", "swapped")}     # one alone has no other's bank
             table.append(row | shortcuts(task, [sample for sample, _ in fit]))
             cells = ["-" if v != v else f"{v:.3f}" if isinstance(v, float) else str(v)
                      for v in table[-1].values()]

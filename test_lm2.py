@@ -978,6 +978,12 @@ def fixed_answers(right):
     return model
 
 
+def test_a_proof_of_one_story_has_no_other_bank_to_swap():
+    model = random_model(torch.float32, vocab_size=WORDS.n_vocab, block_size=64)
+    row, = babi.proof_table(model, WORDS, ("qa1",), {512: 1}, NOISE)
+    assert row["samples"] == 1 and row["wiped"] >= 0 and math.isnan(row["swapped"])
+
+
 def test_scores_have_their_standard_error_and_shortcuts_at_each_length(capsys):
     samples = {"qa1": [babi.make_sample("qa1", random.Random(i), max_facts=6) for i in range(25)]}
     model = fixed_answers([True] * 20 + [False] * 5 + [True] * 25)
