@@ -9,7 +9,6 @@ Every arm is a run of train.py, which is printed, then of babilong_tiny.py. What
 not done again, so a stopped comparison goes on where it was; an arm whose loss is no longer a
 number is left out and named. All runs lie in the folder --out.
 """
-import csv
 import os
 import statistics
 import subprocess
@@ -122,10 +121,7 @@ def report(cells, lost, path):
     print("\nleft out, as their loss was no longer a number: " + "; ".join(lost) if lost else "")
     if not cells:
         return
-    with babi.replaced(path + ".csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, cells[0])
-        writer.writeheader()
-        writer.writerows(cells)
+    babi.write_csv(path + ".csv", cells, cells[0])
     spread = {}     # {task: {arm: {tokens or step: [a value for each seed]}}}
     for cell in cells:
         row = spread.setdefault(cell["task"], {}).setdefault(cell["arm"], {})
