@@ -14,7 +14,7 @@ Glossary (B batch, S segments, T tokens of a segment, N memory slots, d width, V
     in the code     in the paper     shape          what it is
     bank            M_t              B x N x d      a block's memory bank; starts as eye(N, d)
     banks           M_0 .. M_S-1     B x S x N x d  the bank as each segment finds it
-    e               E_t              B x S x T x d  what attention and read of a block take up
+    e               E_t              B x S x T x d  the normed input of a block's attention and read
     x               E_attn, E_next   B x S x T x d  the tokens on their way through the blocks
     recalled        E_mem            B x S x T x d  what the tokens read from the bank
     output_gate     g_out            B x S x T x d  how much of it joins the decoder
@@ -156,9 +156,11 @@ class Attention(nn.Module):
         self.rotary = Rotary(config.block_size + extra, self.head_dim, config.rope_base)
 
     def forward(self, x, cache=None, mask=None):
-        """x (B, S, T, d) -> (B, S, T, d), causal unless a mask (T, T) says who sees whom.
+        """x (B, S, T, d) -> (B, S, T, d), causal unless a mask (T, T) says who sees whom (True).
 
-        With a cache (a dictionary) x goes on where it ends; it gets x's keys and values.
+        Query head i attends with key and value head i // (n_head / n_kv_head). With a cache, a
+        dictionary to be filled in place, empty at a segment's start, x goes on behind the tokens
+        it holds: one at a time, as no mask says that the first of two must not see the second.
         """
         T = x.size(-2)
         q = self.query(x).view(-1, T, self.n_head, self.head_dim).transpose(1, 2)  # (B S, H, T, h)
@@ -244,12 +246,14 @@ class MemoryRead(nn.Module):
         self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
 
     def attention(self, x, slots):
-        """How the tokens x (B, S, T, d) attend to the slots (B, S, N, d), normed: (B, S, T, N)."""
+        """Shares (B, S, T, N) by which tokens x (B, S, T, d) attend to slots (B, S, N, d), both of
+        them normed already."""
         scores = self.query(x) @ self.key(slots + self.address).mT
         return (scores / x.size(-1) ** 0.5).softmax(-1)                             # eq. 1
 
     def forward(self, x, banks):
-        """x (B, S, T, d) normed, banks (B, S, N, d) -> what joins attention's output, as x."""
+        """x (B, S, T, d) normed, banks (B, S, N, d) not yet -> what is to be added to the stream,
+        (B, S, T, d)."""
         slots = normed(banks)
         recalled = self.attention(x, slots) @ self.value(slots)                     # eq. 2
         return self.gate(self.output_gate(recalled)) * recalled                     # eq. 3
@@ -274,30 +278,35 @@ class MemoryWrite(nn.Module):
         self.gate = Gate(config.hard_gates)
 
     def attention(self, x):
-        """How the slots attend to the tokens x (B, S, T, d), normed: (B, S, N, T).
+        """Shares (B, S, N, T) by which the slots attend to tokens x (B, S, T, d), normed already.
 
         The softmax, over tokens, of 10 query x^T / sqrt(d) + position and of one key more, whose
-        score is 0: so a slot can attend to nothing. The end of an unfinished segment counts as the
-        end of a whole one. (Ten times as large as usual: queries start small, and learn soon.)
+        score is 0 and whose share is left out: so a slot can attend to nothing. An unfinished
+        segment takes the last T columns of `position`: its end counts as the end of a whole one.
+        (Ten times as large as usual: queries start small, and learn soon.)
         """
         scores = 10 * (x @ self.query.T).mT / x.size(-1) ** 0.5                 # (B, S, N, T)
         scores = scores + self.position[:, -x.size(-2):]
         return F.pad(scores, (0, 1)).softmax(-1)[..., :-1]
 
     def forward(self, x, bank):
-        """x (B, S, T, d) E_attn, bank (B, N, d) before the first of these segments
-        -> the banks (B, S, N, d) that the segments find, and the bank (B, N, d) behind them."""
+        """x (B, S, T, d) E_attn, not yet normed, bank (B, N, d) before the first of these segments
+        -> the banks (B, S, N, d) that the segments find, and the bank (B, N, d) behind them.
+
+        The gates see the news as they were found, the slots take up their tanh; of a product of
+        width 2d the first half is the input gate's.
+        """
         x = normed(x)
         news = self.value(self.attention(x) @ x)                                # (B, S, N, d)
         seen = self.gate_news(news) + self.gate_bias                            # (B, S, N, 2d)
         banks = []
-        for news, seen in zip(torch.tanh(news).unbind(1), seen.unbind(1)):      # by segment
+        for content, seen in zip(torch.tanh(news).unbind(1), seen.unbind(1)):   # by segment
             banks.append(bank)
             if self.gate_bank:
                 seen = seen + self.gate_bank(torch.tanh(bank))
             gates = self.gate(seen)                                             # (B, N, 2d)
             input_gate, forget_gate = gates.chunk(2, dim=-1)                    # eqs. 4 and 5
-            bank = input_gate * news + forget_gate * bank                       # eq. 6
+            bank = input_gate * content + forget_gate * bank                    # eq. 6
         return torch.stack(banks, dim=1), bank
 
 
@@ -352,7 +361,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal before it is subtracted.
 
     The same as torch.optim.Muon, but for all matrices of a shape at once, and in bfloat16 on CUDA
-    alone: on a CPU without it PyTorch's takes longer than all the rest of a step.
+    alone: on a CPU that has no bfloat16 PyTorch's takes longer than all the rest of a step.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -398,7 +407,8 @@ class Block(nn.Module):
     def forward(self, x, bank, cache=None, mask=None):
         """x (B, S, T, d), bank (B, N, d) before the first segment or None -> x, the bank behind.
 
-        With a cache, see `Attention`, S is 1, and the bank is read but not written.
+        Mask and cache are attention's. With a cache, be it empty, S is 1, and the bank is read but
+        not written; without a memory the bank is given back as it came.
         """
         e = self.attention_norm(x)
         x = x + self.attention(e, cache, mask)          # E_attn: the original path, untouched
@@ -504,9 +514,8 @@ class LM2(nn.Module):
         """Tokens (B, T >= 1) -> hidden states (B, T or last, d) of the last positions, the memory.
 
         Cutting a long input at multiples of block_size and passing the memory on gives the same as
-        one call. An unfinished last segment is written as if the text ended there, so a cut
-        anywhere else starts a new segment at that place. Without gradients and with `last`, a
-        long context needs no more working memory than a short one.
+        one call; any other cut ends a segment there, which changes the result. Without gradients
+        and with `last`, a long context needs no more working memory than a short one.
         """
         B, T = tokens.shape
         if not T or last is not None and last < 1:
