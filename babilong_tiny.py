@@ -7,16 +7,6 @@
     python babilong_tiny.py --ckpt=out/ckpt.pt --tasks=all --lengths=0,1k,4k --noise=book.txt
     python babilong_tiny.py --ckpt=out/ckpt.pt --retrieve=5  # shown five sentences of the context
 
-What is here, in the order of the file
-    the world        people, places, objects, and the sentences the released bAbI v1.2 files use
-    the tasks        qa1 to qa10: what may happen, and what may be asked about it
-    texts            how every text is read, and bAbI's own format
-    the haystack     noise sentences, or books, and BABILong's way to hide facts among them
-    the tokenizer    a tiktoken encoding of whole words, made at run time: nothing is downloaded
-    the curriculum   samples as tokens, and which of them a training step shows
-    the scores       exact match, retrieval, the shortcuts a model must beat, and their table
-    the scripts      flags, files, devices and errors, as all scripts here share them
-
 Stories follow the *released* bAbI v1.2 files (Weston et al. 2015, arXiv 1502.05698), so a model
 trained only on samples from here can be tested on the real files. Hiding follows BABILong
 (Kuratov et al. 2024, arXiv 2406.10149): noise in natural order, fact positions drawn uniformly
@@ -39,7 +29,7 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from typing import Callable
@@ -73,40 +63,20 @@ SENTENCES = {  # how an action is told, each way as likely
              "{person} discarded the {thing}{there}.", "{person} put down the {thing}{there}."),
     "give": ("{person} passed the {thing} to {other}.", "{person} gave the {thing} to {other}.",
              "{person} handed the {thing} to {other}."),
-    "relation": ("The {person} is {other} of the {thing}.",),
 }
 MOVES, TOUCHES = ("move", "is", "not", "either"), ("get", "drop", "give")
 NUMBERS = ("none", "one", "two", "three")
 WINDOW = 5  # bAbI asks about a statement among the last five
 
 
-@dataclass(frozen=True)
-class Fact:
-    """One statement: `person` did `action`, a key of SENTENCES, to `thing` (a place or an object).
-
-    `other` is the second place of an "either" and the receiver of a "give". A "relation" says that
-    place `person` lies in direction `other` of place `thing`.
-    """
-    action: str
-    person: str
-    thing: str
-    other: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about a story; `support` holds the indices of the facts that answer it."""
-    text: str
-    answer: str
-    support: tuple
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Facts as plain sentences and the questions to ask after them."""
-    facts: tuple
-    questions: tuple
+# One statement: `person` did `action`, a key of SENTENCES, to `thing` (a place or an object).
+# `other` is the second place of an "either" and the receiver of a "give". A "relation" says that
+# place `person` lies in direction `other` of place `thing`.
+Fact = namedtuple("Fact", "action person thing other text")
+# A question about a story; `support` holds the indices of the facts that answer it
+Question = namedtuple("Question", "text answer support")
+# Facts as plain sentences and the questions to ask after them
+Sample = namedtuple("Sample", "facts questions")
 
 
 class World:
@@ -258,33 +228,18 @@ def ask_whether(facts, i, rng, places=PLACES):
                         (move,))
 
 
-def carried(facts, person):
-    """What he carries now, in the order of his first-ever pick-ups, and the facts that tell."""
-    first, holder, support = [], {}, []
-    for i, fact in enumerate(facts):
-        if fact.action in TOUCHES and person in (fact.person, fact.other):
-            receiver = {"get": fact.person, "drop": "", "give": fact.other}[fact.action]
-            holder[fact.thing] = receiver
-            support.append(i)
-            if receiver == person and fact.thing not in first:
-                first.append(fact.thing)
-    return [thing for thing in first if holder[thing] == person], tuple(support)
-
-
-def ask_number(facts, i, rng):
-    """How many objects is P carrying?"""
+def ask_carried(facts, i, rng, number=False):
+    """What is P carrying, in the order of his first-ever pick-ups? Or: how many objects?"""
     if facts[i].action in TOUCHES:
-        things, support = carried(facts, facts[i].person)
-        return Question(f"How many objects is {facts[i].person} carrying?",
-                        NUMBERS[len(things)], support)
-
-
-def ask_list(facts, i, rng):
-    """What is P carrying?"""
-    if facts[i].action in TOUCHES:
-        things, support = carried(facts, facts[i].person)
-        return Question(f"What is {facts[i].person} carrying?", ",".join(things) or "nothing",
-                        support)
+        person, holds, support = facts[i].person, {}, []
+        for k, fact in enumerate(facts):
+            if fact.action in TOUCHES and person in (fact.person, fact.other):
+                holds[fact.thing] = fact.action == "get" or fact.other == person
+                support.append(k)
+        things = [thing for thing in holds if holds[thing]]
+        text, answer = (f"How many objects is {person} carrying?", NUMBERS[len(things)]) \
+            if number else (f"What is {person} carrying?", ",".join(things) or "nothing")
+        return Question(text, answer, tuple(support))
 
 
 @dataclass(frozen=True)
@@ -313,9 +268,9 @@ TASKS = {
                  "Who received the milk?", "Who did Fred give the milk to?"),
                 people=GIVERS, n_answers=7),
     "qa6": Task(ask_whether, HANDLE, ("Is Mary in the office?",), n_answers=2),
-    "qa7": Task(ask_number, HANDLE + 4 * ("give",), ("How many objects is Mary carrying?",),
-                n_answers=4),
-    "qa8": Task(ask_list, HANDLE, ("What is Mary carrying?",), n_answers=16),
+    "qa7": Task(partial(ask_carried, number=True), HANDLE + 4 * ("give",),
+                ("How many objects is Mary carrying?",), n_answers=4),
+    "qa8": Task(ask_carried, HANDLE, ("What is Mary carrying?",), n_answers=16),
     "qa9": Task(ask_whether, ("move", "move", "is", "not"), ("Is Mary in the office?",),
                 n_answers=2),
     "qa10": Task(partial(ask_whether, places=TOWN), ("move", "move", "is", "either"),
@@ -350,17 +305,15 @@ def relations(rng):
     facts = []
     for a, b in (line[:2], line[1:]):
         told = (a, b, direction) if rng.random() < 0.5 else (b, a, OPPOSITE[direction])
-        facts.append(Fact("relation", *told, SENTENCES["relation"][0].format(
-            person=told[0], thing=told[1], other=told[2])))
+        facts.append(Fact("relation", *told, "The {0} is {2} of the {1}.".format(*told)))
     rng.shuffle(facts)
     return facts
 
 
 def askable(task, facts, rng, window=WINDOW):
     """Yields a question about each of the last `window` statements (None: all) that allows one."""
-    first = 0 if window is None else max(0, len(facts) - window)
-    questions = (QUESTIONS[task].ask(facts, i, rng) for i in range(first, len(facts)))
-    return filter(None, questions)
+    first = max(0, len(facts) - (window or len(facts)))
+    return filter(None, (QUESTIONS[task].ask(facts, i, rng) for i in range(first, len(facts))))
 
 
 def tell(task, rng, max_facts=1000):
@@ -383,11 +336,10 @@ def make_sample(task, rng, n_questions=1, max_facts=1000, window=WINDOW):
     Several include questions of the tasks `along` the way, about anything in the story: who
     follows an object, for one, must follow its holder first.
     """
-    while True:
+    questions = []
+    while not questions:
         facts = tell(task, rng, max_facts)
         questions = list(askable(task, facts, rng, window))
-        if questions:
-            break
     if n_questions == 1:
         questions = [rng.choice(questions)]
     else:
@@ -454,32 +406,24 @@ def read_sentences(path, start=0, size=2**12):
 
 
 def read_babi(path):
-    """Samples of a bAbI file: for each question the statements before it, other questions dropped.
-
-    Raises BadInput with the line's number where the file is not in bAbI's format.
-    """
+    """Samples of a bAbI file: each question with the statements before it, no other question."""
     samples, facts, line_ids = [], [], {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        match = re.fullmatch(r"(\d+) ([^\t]+)(?:\t([^\t]+)\t([\d ]*))?", line)
-        if not match:
-            raise BadInput(f"{path}, line {number}: not a line of a bAbI file "
-                           "('ID text' or 'ID question<tab>answer<tab>support')")
-        line_id, text, answer, support = match.groups()
+        match = re.fullmatch(r"(\d+) ([^\t\w]*\w[^\t]*)(?:\t([^\t]+)\t([\d ]*))?", line)
+        line_id, text, answer, support = match.groups() if match else ("", "", "", "no")
         if line_id == "1":
             facts, line_ids = [], {}
         if answer is None:
             line_ids[line_id] = len(facts)
             facts.append(text.strip())
-        elif not re.search(r"\w", text):
-            raise BadInput(f"{path}, line {number}: a question without a word")
-        elif not facts or not line_ids.keys() >= {*support.split()}:
-            raise BadInput(f"{path}, line {number}: its supporting facts ({support}) are not "
-                           "all earlier statements of this story")
-        else:
+        elif facts and line_ids.keys() >= {*support.split()}:
             needed = tuple(line_ids[line_id] for line_id in support.split())
             samples.append(Sample(tuple(facts), (Question(text.strip(), answer, needed),)))
+        else:
+            raise BadInput(f"{path}, line {number}: neither 'ID fact' nor 'ID question<tab>answer"
+                           "<tab>IDs of earlier facts', as lines of a bAbI file are")
     if not samples:
         raise BadInput(f"{path}: no question in this file")
     return samples
@@ -556,21 +500,13 @@ def make_noise(encoding, seed, n_sentences=20000):
     for _ in range(n_sentences):
         sentence = unknown_sentence if rng.random() < UNKNOWN else noise_sentence
         book.append(encoding.encode_ordinary(" " + sentence(rng)))
-
-    def sentences(rng):
-        for i in itertools.count(rng.randrange(len(book))):
-            yield book[i % len(book)]
-    return sentences
+    return lambda rng: (book[i % len(book)] for i in itertools.count(rng.randrange(len(book))))
 
 
-def words_of(names):
-    """A regular expression for these names as words of their own, as in "_Mary_" or "Mary's"."""
-    return rf"(?<![^\W_])(?:{'|'.join(sorted({*names}))})(?![^\W_])"
-
-
-ROOM = words_of(f"(?i:{place}s?)" for place in PLACES + TOWN)
-FACTLIKE = re.compile(words_of(form for name in PEOPLE + GIVERS + GUESSED
-                               for form in (name, name.upper())) + f"|{ROOM}.*{ROOM}")
+WORD = r"(?<![^\W_])(?:%s)(?![^\W_])"   # one of its own, as in "_Mary_" or "Mary's"
+PERSON = "|".join(PEOPLE + GIVERS + GUESSED)
+ROOM = WORD % f"(?i:(?:{'|'.join(PLACES + TOWN)})s?)"
+FACTLIKE = re.compile(WORD % f"{PERSON}|{PERSON.upper()}" + f"|{ROOM}.*{ROOM}")
 
 
 def book_noise(encoding, paths, shortest=10):
@@ -627,7 +563,6 @@ def hide_facts(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.
     Facts keep their order, never split a sentence of noise and lie within the part `facts_in` of
     the context. Without a length there is no noise (BABILong's 0K).
     Returns pieces in order: (number of the fact, its tokens), or (None, tokens) of noise.
-    Raises TooLong if the facts do not fit there.
     """
     facts = [(i, encode(encoding, f" {fact}")) for i, fact in enumerate(sample.facts)]
     if length is None:
@@ -655,13 +590,10 @@ PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
 
 def count_words(texts):
     """How often each word stands after a space in some texts (any iterable of strings)."""
-    counts = Counter()
-    for text in texts:
-        counts.update(re.findall(r"(?<= )[A-Za-z]+", text))
-    return counts
+    return Counter(word for text in texts for word in re.findall(r"(?<= )[A-Za-z]+", text))
 
 
-def word_encoding(counts=None, most=2000):
+def word_encoding(counts=Counter(), most=2000):
     """The built-in tokenizer: 256 bytes and, as one token each, every word the generator says.
 
     The `most` frequent of counted words join them, and a quarter as many pieces of up to four
@@ -674,18 +606,17 @@ def word_encoding(counts=None, most=2000):
     phrases += [p for choices in (*NOISE.values(), *SENTENCES.values()) for p in choices]
     phrases += [example for task in TASKS.values() for example in task.examples]
     words = {word for phrase in phrases for word in re.findall(r"(?<![{\w])[A-Za-z]+", phrase)}
-    counts = counts or Counter()
-    words = sorted(words) + [word for word, _ in counts.most_common(most) if word not in words]
-    listed, pieces = set(words), Counter()
+    words = dict.fromkeys(sorted(words) + [word for word, _ in counts.most_common(most)])
+    pieces = Counter()
     for word, count in counts.items():
-        if word not in listed:
+        if word not in words:
             for size in (2, 3, 4):
                 for i in range(len(word) + 2 - size):
                     pieces[f" {word}"[i:i + size]] += count
-    words = [f" {word}" for word in words] + list(OBJECTS)  # in a list they follow a comma
-    listed = set(words)
-    words += [piece for piece, _ in pieces.most_common(most // 4) if piece not in listed]
-    return make_encoding([bytes([b]) for b in range(256)] + [word.encode() for word in words])
+    words = [*(f" {word}" for word in words), *OBJECTS,     # in a list objects follow a comma
+             *(piece for piece, _ in pieces.most_common(most // 4))]
+    return make_encoding([bytes([b]) for b in range(256)] +
+                         [word.encode() for word in dict.fromkeys(words)])
 
 
 def make_encoding(tokens, pattern=PATTERN):
@@ -694,7 +625,7 @@ def make_encoding(tokens, pattern=PATTERN):
                              mergeable_ranks={token: i for i, token in enumerate(tokens)})
 
 
-def load_encoding(name, counts=None):
+def load_encoding(name, counts=Counter()):
     """"words" (built in), a name tiktoken knows ("gpt2": it downloads once) or a tiktoken file.
 
     Raises BadInput if there is no such tokenizer or it cannot be had.
@@ -766,12 +697,11 @@ def stack(pairs):
     return tuple(torch.from_numpy(np.array(rows, np.int64)) for rows in zip(*pairs))
 
 
-def rows_of(length, batch_size, batch_tokens, processes=1):
+def rows_of(length, flags, processes=1):
     """How many contexts of so many tokens are in a batch; each process has as many."""
-    return max(1, min(batch_size, batch_tokens // length) // processes) * processes
+    return max(1, min(flags.batch_size, flags.batch_tokens // length) // processes) * processes
 
 
-@dataclass
 class Curriculum:
     """What each training step shows: short contexts first, and long ones for who is ready.
 
@@ -783,21 +713,8 @@ class Curriculum:
 
     All contexts of a step are of one length, 1 to 8 units or a multiple of 8: few shapes, as a
     device prepares itself for each. Batches are a function of the seed, the step, `stage` and
-    `running`: a resumed run sees the same.
-    Raises BadInput where the stories of a task do not fit into a unit.
+    `running`: a resumed run sees the same. `flags` are train.py's.
     """
-    tasks: tuple
-    encoding: tiktoken.Encoding
-    noise: Callable         # see `make_noise`
-    seed: int
-    steps: int              # of the whole training
-    context: int            # tokens of the longest contexts
-    batch_size: int         # most rows
-    batch_tokens: int       # most tokens of all rows
-    questions: int          # most in a row
-    threshold: float
-    processes: int = 1      # each of them gets as many rows
-
     UNIT = 64       # tokens
     BARE = 0.4      # of a mixture's steps, those that show bare stories
     LONG = 0.3      # of the others, those with more than DENSE units, when a stage allows them
@@ -805,18 +722,20 @@ class Curriculum:
     SPREAD = 0.5    # of their rows, those whose facts lie anywhere; else in the first part alone
     BEHIND = 0.7    # of their rows, those that end in noise: questions end anywhere, as in life
 
-    def __post_init__(self):
-        self.stage, self.running = dict.fromkeys(self.tasks, 1), dict.fromkeys(self.tasks, 0.0)
-        for task in self.tasks:  # found now, not when training is under way
-            rng = random.Random(f"{self.seed} {task}")
+    def __init__(self, tasks, encoding, noise, flags, processes=1):
+        self.tasks, self.encoding, self.noise, self.flags = tasks, encoding, noise, flags
+        self.stage, self.running = dict.fromkeys(tasks, 1), dict.fromkeys(tasks, 0.0)
+        self.processes = processes      # each of them gets as many rows
+        for task in tasks:  # found now, not when training is under way
+            rng = random.Random(f"{flags.seed} {task}")
             if not any(self.length(self.draw(rng, [task])[1]) <= self.UNIT for _ in range(50)):
-                raise BadInput(f"--questions={self.questions}: the stories of {task} do not fit "
+                raise BadInput(f"--questions={flags.questions}: the stories of {task} do not fit "
                                f"with so many into {self.UNIT} tokens, where training begins")
 
     def batch(self, step):
         """tokens (B, T), targets (B, T), -1 where nothing is scored, and each row's task (B,), as
         its number in `tasks`; all int64."""
-        rng = random.Random(f"{self.seed} {step}")
+        rng = random.Random(f"{self.flags.seed} {step}")
         bare = len(self.tasks) > 1 and rng.random() < self.BARE
         tasks, pairs = zip(*(self.bare_rows if bare else self.noisy_rows)(rng))
         return *stack(pairs), torch.tensor([self.tasks.index(task) for task in tasks])
@@ -833,30 +752,26 @@ class Curriculum:
         units -= units % 8 if units > 8 else 0
         length = units * self.UNIT
         ready = [task for task in self.tasks if self.stage[task] >= units]
-        rows, refused = [], 0
-        while len(rows) < rows_of(length, self.batch_size, self.batch_tokens, self.processes):
+        rows = []
+        while len(rows) < rows_of(length, self.flags, self.processes):
             task, sample = self.draw(rng, ready, max(4, length // 8))
             until = 1.0 if rng.random() < self.SPREAD else rng.uniform(0.4, 1.0)
             spare = min(self.UNIT - 1, length - self.length(sample))
             behind = rng.randint(0, spare) if spare > 0 and rng.random() < self.BEHIND else 0
-            try:
+            with contextlib.suppress(TooLong):  # the next story may fit
                 rows.append((task, to_tokens(sample, self.encoding, length, self.noise, rng,
                                              (0.0, until), behind)))
-            except TooLong as error:  # the next story may fit
-                refused += 1
-                if refused > 100000:
-                    raise BadInput(f"{task}: {error}; use fewer --questions") from None
         return rows
 
     def bare_rows(self, rng):
         """[(task, (tokens, targets))] as at 0K, which a mixture does not learn along: whole stories
         of all tasks, each about as long as the next, with noise behind, where it hides nothing."""
-        drawn = [self.draw(rng, self.tasks) for _ in range(3 * self.batch_size)]
+        drawn = [self.draw(rng, self.tasks) for _ in range(3 * self.flags.batch_size)]
         drawn.sort(key=lambda story: self.length(story[1]))
-        end = rng.randint(self.batch_size, len(drawn))
+        end = rng.randint(self.flags.batch_size, len(drawn))
         longest = self.length(drawn[end - 1][1])
         length = -(-longest // self.UNIT) * self.UNIT
-        n_rows = rows_of(length, self.batch_size, self.batch_tokens, self.processes)
+        n_rows = rows_of(length, self.flags, self.processes)
         return [(task, to_tokens(sample, self.encoding, length, self.noise, rng,
                                  behind=length - self.length(sample)))
                 for task, sample in drawn[end - n_rows:end]]
@@ -869,7 +784,7 @@ class Curriculum:
         if self.stage[task] < 4:
             most = min(most, 4 * max(1, self.stage[task] - 1))
         window = rng.choice((WINDOW, None))  # bAbI's own rule, or about anything
-        return task, make_sample(task, rng, self.questions, most, window)
+        return task, make_sample(task, rng, self.flags.questions, most, window)
 
     def length(self, sample):
         """Tokens of a sample without noise."""
@@ -883,8 +798,9 @@ class Curriculum:
             weight = min(0.1, 0.03 * len(self.tasks) * rows[task] / sum(rows.values()))
             self.running[task] += weight * (right[task] / asked[task] - self.running[task])
             chance, stage = 1 / TASKS[task].n_answers, self.stage[task]
-            most = self.context // self.UNIT
-            bar = self.threshold * (1 - step / self.steps / 3)  # a hard task moves on at last
+            most = self.flags.context // self.UNIT
+            # a hard task moves on at last
+            bar = self.flags.threshold * (1 - step / self.flags.steps / 3)
             if self.running[task] - chance > bar * (1 - chance) and stage < most:
                 self.stage[task] = min(most, stage + max(1, stage // 2))
                 self.running[task] = 0.0
@@ -918,7 +834,6 @@ def answered_by_bank(model, tokens, targets):
 
     "memory" as it is; "wiped" at every segment, so that only the last segment is seen; "swapped"
     with the previous row's just before the last segment. The question must lie in the last segment.
-    Returns a dictionary of three (B,) bool.
     """
     border = (tokens.size(1) - 1) // model.config.block_size * model.config.block_size
     tokens, targets = tokens.to(model.device), targets[:, border:]
@@ -943,15 +858,11 @@ def shortcuts(task, samples):
     for sample, answer in zip(samples, answers):
         words = re.findall(r"\w+", " ".join(sample.facts))[::-1]
         asked = re.findall(r"\w+", sample.questions[0].text)
-        place = next((word for word in words if word in PLACES + TOWN), "")
-        if asked[0] == "Is":
-            guess = "yes" if place == asked[-1] else "no"
-        elif asked[0] == "How":
-            guess = "one"
-        else:
-            names = {"What": OBJECTS, "Who": GIVERS}.get(asked[0], PLACES)
-            names = PLACES if task == "qa4" else names
-            guess = next((word for word in words if word in names and word not in asked), "")
+        names = {"What": OBJECTS, "Who": GIVERS}.get(asked[0], PLACES + TOWN)
+        names = PLACES if task == "qa4" else names
+        last = next((word for word in words if word in names
+                     and (word not in asked or asked[0] == "Is")), "")
+        guess = {"Is": "yes" if last == asked[-1] else "no", "How": "one"}.get(asked[0], last)
         right += guess == answer
     return {"chance": 1 / TASKS[task].n_answers,
             "best constant": max(map(answers.count, set(answers))) / n,
@@ -985,9 +896,8 @@ def retrieve(sentences, sample, n_best):
 def score(model, encoding, samples, length, noise, rng, n_best=0, facts_in=(0.0, 1.0), most=2**17):
     """[(sample, right)] for those samples of one question each that fit into `length` tokens.
 
-    Length 0 is the bare story without noise. With `n_best` the model is shown so many sentences,
-    see `retrieve`, and no more. Long contexts come in small batches, so that one of 128k tokens
-    needs no more memory than 32 of 4k.
+    With `n_best` the model is shown so many sentences, see `retrieve`, and no more. Long contexts
+    come in small batches, so that one of 128k tokens needs no more memory than 32 of 4k.
     """
     scored, batch = [], []
 
@@ -1023,13 +933,9 @@ def shorten(length):
 
 
 def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0, facts_in=(0.0, 1.0)):
-    """Print accuracies, tasks by lengths, and under them the shortcuts; returns the cells.
+    """Print accuracies, tasks by lengths, and under them the shortcuts; returns a row for each.
 
-    samples  {task: list of samples of one question each}
-    lengths  {tokens (0: no noise): how many of the samples to take}
-    n_best   0, or how many sentences BM25 picks for the model, see `retrieve`
-    Cells are dictionaries, one for each task and length.
-    Raises BadInput where no sample fits into a length.
+    `samples` is {task: list of them}, `lengths` {tokens: how many of the samples to take}.
     """
     cells, notes = {}, []
     print("\nexact match ± standard error")
@@ -1066,8 +972,7 @@ def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0, fact
 def proof_table(model, encoding, tasks, lengths, noise, seed=0):
     """Print and return the proof: answers with the bank, with it wiped and with one swapped.
 
-    The facts lie in the first half of the context. lengths is {tokens: number of samples}; stories
-    that do not fit there are left out. Rows are dictionaries, one for each task and length.
+    `lengths` is {tokens: number of samples}; stories that do not fit there are left out.
     """
     print("\nThe proof: facts in the first half of the context only, question in the last segment")
     columns = ("task", "tokens", "samples", "memory", "wiped", "swapped", "chance",
@@ -1199,10 +1104,8 @@ SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "t
 
 def find_checkpoint(path=""):
     """The checkpoint named, or else that of the last training here, or else the one that ships."""
-    for found in (path,) if path else (os.path.join("out", "ckpt.pt"), SHIPPED):
-        if os.path.isfile(found):
-            return found
-    raise BadInput(f"no checkpoint {found}; train one first: python train.py")
+    last = os.path.join("out", "ckpt.pt")
+    return path or next(filter(os.path.isfile, (last, SHIPPED)), last)
 
 
 def find_device(name):
@@ -1255,10 +1158,7 @@ def flag_text(value):
 
 
 def parse_flags(config_class, description, argv=None):
-    """Read `--name=value` flags into a dataclass.
-
-    Raises BadInput for flags that are unknown, shortened or outside their limits.
-    """
+    """Read `--name=value` flags into a dataclass."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise BadInput(f"{message} (see {self.prog} --help)")
@@ -1369,10 +1269,7 @@ def main():
     flags.samples = flags.samples or ((100,) if scoring else (3,))
     if min(flags.samples) < 1:
         raise BadInput("--samples must be at least 1")
-    if scoring:
-        print_scores(flags)
-    else:
-        print_samples(flags)
+    return print_scores(flags) if scoring else print_samples(flags)
 
 
 if __name__ == "__main__":

@@ -166,15 +166,13 @@ if flags.data:
 else:
     tasks = babi.parse_tasks(flags.task)
     noise = babi.load_noise(flags.noise, encoding, flags.seed)
-    curriculum = babi.Curriculum(
-        tasks, encoding, noise, flags.seed, flags.steps, flags.context, flags.batch_size,
-        flags.batch_tokens, flags.questions, flags.threshold, world)
+    curriculum = babi.Curriculum(tasks, encoding, noise, flags, world)
 
 
 def text_batch(step):
     """(tokens, targets, no tasks) of random windows of the text; targets are the next tokens."""
     rng = random.Random(f"{flags.seed} {step}")
-    rows = max(1, min(flags.batch_size, flags.batch_tokens // flags.window) // world) * world
+    rows = babi.rows_of(flags.window, flags, world)
     starts = [rng.randrange(len(train_ids) - flags.window) for _ in range(rows)]
     windows = torch.stack([train_ids[i:i + flags.window + 1] for i in starts])
     return windows[:, :-1], windows[:, 1:], torch.zeros(rows, dtype=torch.long)
@@ -269,7 +267,7 @@ for block in model.blocks:
         block.read.gate.register_forward_hook(note_gates)
 scorer = Scorer()
 if world > 1:  # averages the gradients of all processes
-    scorer = torch.nn.parallel.DistributedDataParallel(scorer, broadcast_buffers=False)
+    scorer = torch.nn.parallel.DistributedDataParallel(scorer)
 
 if checkpoint:
     saved = checkpoint["train"]

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -135,7 +136,7 @@ def shares_of_parts(model, optimizers, step):
 
 def bench_training(config, device, segments, rounds):
     length = segments * config.block_size
-    shape = babi.rows_of(length, 32, 8192), length      # as train.py makes its batches
+    shape = max(1, min(32, 8192 // length)), length     # as train.py makes its batches
     tokens = torch.randint(config.vocab_size, shape, device=device)
     arms, kernels, speeds = {}, {}, {"vanilla": [], "RMT": [], "LM2": []}
 
@@ -171,10 +172,9 @@ def bench_run(folder, device, every=10):
     checkpoint = load_checkpoint(os.path.join(folder, "ckpt.pt"))
     saved, (model, encoding) = checkpoint["train"]["flags"], LM2.load(checkpoint, device)
     log = babi.read_csv(os.path.join(folder, "log.csv"), ("step",))
-    curriculum = babi.Curriculum(
-        babi.parse_tasks(saved["task"]), encoding, babi.load_noise(saved["noise"], encoding, 0),
-        *(saved[name] for name in ("seed", "steps", "context", "batch_size", "batch_tokens",
-                                   "questions", "threshold")))
+    noise = babi.load_noise(saved["noise"], encoding, 0)
+    curriculum = babi.Curriculum(babi.parse_tasks(saved["task"]), encoding, noise,
+                                 SimpleNamespace(**saved))
     shapes = Counter()
     for step in range(0, saved["steps"], every):
         before = [row for row in log if int(row["step"]) <= step]
