@@ -116,25 +116,18 @@ def read_noise(reader, encoding, flags, count):
         count -= len(part)
 
 
-def pieces(file, name):
-    """The text of a binary file in pieces that end before a space, so that no word is torn."""
-    rest = ""
-    for piece in babi.text_pieces(file, name):
-        rest += piece
-        cut = max(rest.rfind(" "), rest.rfind("\n"), 0) if len(rest) < 2**20 else len(rest)
-        yield rest[:cut]
-        rest = rest[cut:]
-    yield rest
-
-
 def read_stream(reader, encoding, name, clean):
     """Let the reader read a file, or standard input for "-"; progress goes to a terminal."""
-    start, before, terminal = time.time(), reader.count, sys.stderr.isatty()
+    start, before, rest = time.time(), reader.count, ""
     with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-        for text in pieces(file, name):
-            read_text(reader, encoding, clean(text))
-            if terminal:
+        for piece in babi.text_pieces(file, name):
+            text = rest + piece     # up to its last space, so that no word is torn
+            cut = max(text.rfind(" "), text.rfind("\n"), 0) if len(text) < 2**20 else len(text)
+            read_text(reader, encoding, clean(text[:cut]))
+            rest = text[cut:]
+            if sys.stderr.isatty():
                 print(f"{reader.count - before:,} tokens\r", end="", file=sys.stderr, flush=True)
+    read_text(reader, encoding, clean(rest))
     return f"read {reader.count - before:,} tokens in {time.time() - start:.1f} s"
 
 
@@ -368,7 +361,7 @@ function draw() {
   $("maps").innerHTML = Object.keys(names).map(kind => `<div><h2>${names[kind]}</h2><table>
     <tr><th></th>${block[kind].map((_, slot) => `<th>${slot}</th>`).join("")}</tr>` +
     s.tokens.map((token, t) => `<tr><th>${token}</th>` + block[kind].map((column, slot) =>
-      cell(token, slot, parseInt(column[t], 36) / 35)).join("")).join("") +
+      cell(token, slot, column[t] / 100)).join("")).join("") +
     "</table></div>").join("");
 }
 $("maps").onmouseover = $("maps").onclick = e => $("value").textContent = e.target.title;
@@ -381,18 +374,13 @@ draw();
 
 def write_html(encoding, recorder, path):
     """A page of heat maps, tokens by slots, for every segment and block; needs nothing else."""
-    digits = "0123456789abcdefghijklmnopqrstuvwxyz"
     texts = iter(texts_of(encoding, recorder.text()))
-
-    def columns(weights):  # (T, N) -> for each slot a string, a digit to base 36 for each token
-        return ["".join(digits[min(35, round(35 * w))] for w in slot)
-                for slot in weights.T.tolist()]
-
     data = [{"number": segment["number"],
              "tokens": [html.escape(next(texts)) for _ in segment["tokens"]],
-             "blocks": [{"read": columns(segment["read"][i]), "again": columns(segment["again"][i]),
-                         "write": columns(segment["write"][i].T), "gates": mean_gates(segment, i)}
-                        for i in range(len(recorder.blocks))]} for segment in recorder.segments]
+             "blocks": [{"gates": mean_gates(segment, i)} | {    # in hundredths, slots by tokens
+                 kind: (100 * (block[i] if kind == "write" else block[i].T)).round().int().tolist()
+                 for kind, block in segment.items() if kind in ("read", "again", "write")}
+                 for i in range(len(recorder.blocks))]} for segment in recorder.segments]
     with open(path, "w", encoding="utf-8") as file:
         file.write(PAGE.replace("DATA", json.dumps(data), 1))
 
