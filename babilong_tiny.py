@@ -406,7 +406,10 @@ def read_sentences(path, start=0, size=2**12):
 
 
 def read_babi(path):
-    """Samples of a bAbI file: each question with the statements before it, no other question."""
+    """Samples of a bAbI file: for each question the statements before it, other questions dropped.
+
+    Raises BadInput with the line's number where the file is not in bAbI's format.
+    """
     samples, facts, line_ids = [], [], {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -563,6 +566,7 @@ def hide_facts(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.
     Facts keep their order, never split a sentence of noise and lie within the part `facts_in` of
     the context. Without a length there is no noise (BABILong's 0K).
     Returns pieces in order: (number of the fact, its tokens), or (None, tokens) of noise.
+    Raises TooLong if the facts do not fit there.
     """
     facts = [(i, encode(encoding, f" {fact}")) for i, fact in enumerate(sample.facts)]
     if length is None:
@@ -752,15 +756,19 @@ class Curriculum:
         units -= units % 8 if units > 8 else 0
         length = units * self.UNIT
         ready = [task for task in self.tasks if self.stage[task] >= units]
-        rows = []
+        rows, refused = [], 0
         while len(rows) < rows_of(length, self.flags, self.processes):
             task, sample = self.draw(rng, ready, max(4, length // 8))
             until = 1.0 if rng.random() < self.SPREAD else rng.uniform(0.4, 1.0)
             spare = min(self.UNIT - 1, length - self.length(sample))
             behind = rng.randint(0, spare) if spare > 0 and rng.random() < self.BEHIND else 0
-            with contextlib.suppress(TooLong):  # the next story may fit
+            try:
                 rows.append((task, to_tokens(sample, self.encoding, length, self.noise, rng,
                                              (0.0, until), behind)))
+            except TooLong as error:  # the next story may fit
+                refused += 1
+                if refused > 100000:
+                    raise BadInput(f"{task}: {error}; use fewer --questions") from None
         return rows
 
     def bare_rows(self, rng):
@@ -834,6 +842,7 @@ def answered_by_bank(model, tokens, targets):
 
     "memory" as it is; "wiped" at every segment, so that only the last segment is seen; "swapped"
     with the previous row's just before the last segment. The question must lie in the last segment.
+    Returns a dictionary of three (B,) bool.
     """
     border = (tokens.size(1) - 1) // model.config.block_size * model.config.block_size
     tokens, targets = tokens.to(model.device), targets[:, border:]
@@ -896,8 +905,9 @@ def retrieve(sentences, sample, n_best):
 def score(model, encoding, samples, length, noise, rng, n_best=0, facts_in=(0.0, 1.0), most=2**17):
     """[(sample, right)] for those samples of one question each that fit into `length` tokens.
 
-    With `n_best` the model is shown so many sentences, see `retrieve`, and no more. Long contexts
-    come in small batches, so that one of 128k tokens needs no more memory than 32 of 4k.
+    Length 0 is the bare story without noise. With `n_best` the model is shown so many sentences,
+    see `retrieve`, and no more. Long contexts come in small batches, so that one of 128k tokens
+    needs no more memory than 32 of 4k.
     """
     scored, batch = [], []
 
@@ -933,9 +943,13 @@ def shorten(length):
 
 
 def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0, facts_in=(0.0, 1.0)):
-    """Print accuracies, tasks by lengths, and under them the shortcuts; returns a row for each.
+    """Print accuracies, tasks by lengths, and under them the shortcuts; returns the cells.
 
-    `samples` is {task: list of them}, `lengths` {tokens: how many of the samples to take}.
+    samples  {task: list of samples of one question each}
+    lengths  {tokens (0: no noise): how many of the samples to take}
+    n_best   0, or how many sentences BM25 picks for the model, see `retrieve`
+    Cells are dictionaries, one for each task and length.
+    Raises BadInput where no sample fits into a length.
     """
     cells, notes = {}, []
     print("\nexact match ± standard error")
@@ -972,7 +986,8 @@ def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0, fact
 def proof_table(model, encoding, tasks, lengths, noise, seed=0):
     """Print and return the proof: answers with the bank, with it wiped and with one swapped.
 
-    `lengths` is {tokens: number of samples}; stories that do not fit there are left out.
+    The facts lie in the first half of the context. lengths is {tokens: number of samples}; stories
+    that do not fit there are left out. Rows are dictionaries, one for each task and length.
     """
     print("\nThe proof: facts in the first half of the context only, question in the last segment")
     columns = ("task", "tokens", "samples", "memory", "wiped", "swapped", "chance",
@@ -1104,8 +1119,10 @@ SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "t
 
 def find_checkpoint(path=""):
     """The checkpoint named, or else that of the last training here, or else the one that ships."""
-    last = os.path.join("out", "ckpt.pt")
-    return path or next(filter(os.path.isfile, (last, SHIPPED)), last)
+    for found in (path,) if path else (os.path.join("out", "ckpt.pt"), SHIPPED):
+        if os.path.isfile(found):
+            return found
+    raise BadInput(f"no checkpoint {found}; train one first: python train.py")
 
 
 def find_device(name):
@@ -1158,7 +1175,10 @@ def flag_text(value):
 
 
 def parse_flags(config_class, description, argv=None):
-    """Read `--name=value` flags into a dataclass."""
+    """Read `--name=value` flags into a dataclass.
+
+    Raises BadInput for flags that are unknown, shortened or outside their limits.
+    """
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise BadInput(f"{message} (see {self.prog} --help)")

@@ -116,18 +116,25 @@ def read_noise(reader, encoding, flags, count):
         count -= len(part)
 
 
+def pieces(file, name):
+    """The text of a binary file in pieces that end before a space, so that no word is torn."""
+    rest = ""
+    for piece in babi.text_pieces(file, name):
+        rest += piece
+        cut = max(rest.rfind(" "), rest.rfind("\n"), 0) if len(rest) < 2**20 else len(rest)
+        yield rest[:cut]
+        rest = rest[cut:]
+    yield rest
+
+
 def read_stream(reader, encoding, name, clean):
     """Let the reader read a file, or standard input for "-"; progress goes to a terminal."""
-    start, before, rest = time.time(), reader.count, ""
+    start, before, terminal = time.time(), reader.count, sys.stderr.isatty()
     with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-        for piece in babi.text_pieces(file, name):
-            text = rest + piece     # up to its last space, so that no word is torn
-            cut = max(text.rfind(" "), text.rfind("\n"), 0) if len(text) < 2**20 else len(text)
-            read_text(reader, encoding, clean(text[:cut]))
-            rest = text[cut:]
-            if sys.stderr.isatty():
+        for text in pieces(file, name):
+            read_text(reader, encoding, clean(text))
+            if terminal:
                 print(f"{reader.count - before:,} tokens\r", end="", file=sys.stderr, flush=True)
-    read_text(reader, encoding, clean(rest))
     return f"read {reader.count - before:,} tokens in {time.time() - start:.1f} s"
 
 

@@ -136,7 +136,8 @@ def shares_of_parts(model, optimizers, step):
 
 def bench_training(config, device, segments, rounds):
     length = segments * config.block_size
-    shape = max(1, min(32, 8192 // length)), length     # as train.py makes its batches
+    flags = SimpleNamespace(batch_size=32, batch_tokens=8192)
+    shape = babi.rows_of(length, flags), length     # as train.py makes its batches
     tokens = torch.randint(config.vocab_size, shape, device=device)
     arms, kernels, speeds = {}, {}, {"vanilla": [], "RMT": [], "LM2": []}
 
