@@ -38,7 +38,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from lm2 import LM2, BadInput, load_checkpoint
+from lm2 import LM2, BadInput, load_checkpoint, make_encoding
 
 # --------------------------------------------------------------------------------------------
 # The world
@@ -620,13 +620,7 @@ def word_encoding(counts=Counter(), most=2000):
     words = [*(f" {word}" for word in words), *OBJECTS,     # in a list objects follow a comma
              *(piece for piece, _ in pieces.most_common(most // 4))]
     return make_encoding([bytes([b]) for b in range(256)] +
-                         [word.encode() for word in dict.fromkeys(words)])
-
-
-def make_encoding(tokens, pattern=PATTERN):
-    """A `tiktoken.Encoding` whose token number i is the byte string `tokens[i]`."""
-    return tiktoken.Encoding("lm2", pat_str=pattern, special_tokens={},
-                             mergeable_ranks={token: i for i, token in enumerate(tokens)})
+                         [word.encode() for word in dict.fromkeys(words)], PATTERN)
 
 
 def load_encoding(name, counts=Counter()):
@@ -641,12 +635,11 @@ def load_encoding(name, counts=Counter()):
             with open(name, "rb") as file:
                 ranks = {base64.b64decode(token): int(rank)
                          for token, rank in (line.split() for line in file if line.strip())}
+            if sorted(ranks.values()) == list(range(len(ranks))):
+                return make_encoding(sorted(ranks, key=ranks.get), PATTERN)
         except ValueError:
-            ranks = {}
-        if sorted(ranks.values()) != list(range(len(ranks))) or \
-                not {bytes([b]) for b in range(256)} <= set(ranks):
-            raise BadInput(f"{name} is not a whole tiktoken rank file")
-        return make_encoding(sorted(ranks, key=ranks.get))
+            pass
+        raise BadInput(f"{name} is not a whole tiktoken rank file")
     if name not in tiktoken.list_encoding_names():
         raise BadInput(f"no tokenizer {name!r}: use words, a tiktoken file, or one of "
                          f"{', '.join(tiktoken.list_encoding_names())}")

@@ -608,7 +608,10 @@ class LM2(nn.Module):
             config = LM2Config(**checkpoint["config"])
             with torch.device("meta"):  # a forged width or depth is found before it takes memory
                 check_tensors(checkpoint["model"], LM2(config).state_dict())
-            encoding = make_encoding(checkpoint["tokenizer"], config.vocab_size)
+            tokens = [token.encode("latin-1") for token in checkpoint["tokenizer"]["tokens"]]
+            if len(tokens) != config.vocab_size:
+                raise BadInput("its tokenizer has another number of tokens")
+            encoding = make_encoding(tokens, checkpoint["tokenizer"]["pattern"])
         except Exception as error:
             why = (str(error) or type(error).__name__).splitlines()[-1].strip()
             raise BadInput(f"{checkpoint['path']} holds no model that fits this code: {why}"
@@ -650,16 +653,15 @@ def check_tensors(found, wanted):
             raise BadInput(f"{name} has values that are no numbers")
 
 
-def make_encoding(tokenizer, n_vocab):
-    """The tiktoken encoding of a checkpoint's {"pattern": str, "tokens": n_vocab texts}."""
+def make_encoding(tokens, pattern):
+    """The tiktoken encoding whose token number i is tokens[i], bytes, in texts that the regular
+    expression cuts first. BadInput unless it gives every text back."""
     import tiktoken
-    tokens = [token.encode("latin-1") for token in tokenizer["tokens"]]
-    if len(tokens) != n_vocab or len(set(tokens)) != n_vocab or \
-            not {bytes([byte]) for byte in range(256)} <= set(tokens):
+    if len(set(tokens)) != len(tokens) or not {bytes([i]) for i in range(256)} <= set(tokens):
         raise BadInput("its tokenizer has doubled or missing tokens")
     probe = "Mary's 12 words, and\n\t " + "".join(map(chr, range(32, 600)))
     try:
-        encoding = tiktoken.Encoding("lm2", pat_str=tokenizer["pattern"], special_tokens={},
+        encoding = tiktoken.Encoding("lm2", pat_str=pattern, special_tokens={},
                                      mergeable_ranks={t: i for i, t in enumerate(tokens)})
         whole = encoding.decode(encoding.encode_ordinary(probe)) == probe
     except KeyboardInterrupt:
