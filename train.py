@@ -226,8 +226,7 @@ except (MemoryError, RuntimeError) as error:
     raise BadInput(f"this model cannot be built: {str(error).splitlines()[0]}") from None
 optimizers = model.optimizer(flags.lr, flags.muon_lr, flags.weight_decay)
 rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-# where the run stands
-state = {"step": 0, "seconds": 0.0, "flags": asdict(flags), "text": texts,
+state = {"step": 0, "seconds": 0.0, "flags": asdict(flags), "text": texts,  # of the run so far
          "stage": curriculum.stage if curriculum else {},
          "running": curriculum.running if curriculum else {}}
 changes, gates = [], {}     # filled by hooks: each bank's in this step; {gate: [means]} to log
@@ -404,7 +403,6 @@ while state["step"] < flags.steps and not stopped:
         optimizer.zero_grad()
     state["step"] += 1
 
-    stopped = stopped or bool(stop and world == 1)
     last, said = state["step"] == flags.steps or stopped, ""
     if state["step"] % flags.log_every == 0 or last:
         said = log(time.time() - clock)
