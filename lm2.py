@@ -158,9 +158,10 @@ class Attention(nn.Module):
     def forward(self, x, cache=None, mask=None):
         """x (B, S, T, d) -> (B, S, T, d), causal unless a mask (T, T) says who sees whom (True).
 
-        Query head i attends with key and value head i // (n_head / n_kv_head). With a cache, a
-        dictionary to be filled in place, empty at a segment's start, x goes on behind the tokens
-        it holds: one at a time, as no mask says that the first of two must not see the second.
+        `key_value` gives all heads' keys, then all heads' values; query head i attends with key and
+        value head i // (n_head / n_kv_head). With a cache, a dictionary to be filled in place,
+        empty at a segment's start, x goes on behind the tokens it holds: one at a time, as no mask
+        says that the first of two must not see the second.
         """
         T = x.size(-2)
         q = self.query(x).view(-1, T, self.n_head, self.head_dim).transpose(1, 2)  # (B S, H, T, h)
@@ -219,8 +220,8 @@ class LocalMixer(nn.Module):
 class Gate(nn.Module):
     """sigmoid(x), stretched to -0.1 .. 1.1 and cut at 0 and 1: it can shut and open wholly.
 
-    A plain sigmoid (hard=False) never does either, and what leaks at every segment drowns a fact
-    after a few hundred.
+    A plain sigmoid (hard=False) never does either, and what leaks at every segment drowns a fact in
+    the end.
     """
 
     def __init__(self, hard):
@@ -253,7 +254,7 @@ class MemoryRead(nn.Module):
 
     def forward(self, x, banks):
         """x (B, S, T, d) normed, banks (B, S, N, d) not yet -> what is to be added to the stream,
-        (B, S, T, d)."""
+        (B, S, T, d). The shares are those of `self.attention`."""
         slots = normed(banks)
         recalled = self.attention(x, slots) @ self.value(slots)                     # eq. 2
         return self.gate(self.output_gate(recalled)) * recalled                     # eq. 3
@@ -293,8 +294,8 @@ class MemoryWrite(nn.Module):
         """x (B, S, T, d) E_attn, not yet normed, bank (B, N, d) before the first of these segments
         -> the banks (B, S, N, d) that the segments find, and the bank (B, N, d) behind them.
 
-        The gates see the news as they were found, the slots take up their tanh; of a product of
-        width 2d the first half is the input gate's.
+        The shares are those of `self.attention`. The gates see the news as they were found, the
+        slots take up their tanh; of a product of width 2d the first half is the input gate's.
         """
         x = normed(x)
         news = self.value(self.attention(x) @ x)                                # (B, S, N, d)

@@ -1,7 +1,6 @@
 """What must always hold. Each name is a sentence that is true; run with `pytest -q`.
 
-A falling loss proves nothing about a memory: most public memory transformers carried a silent bug
-in the way information flows. The tests of the first two parts would each have caught one of them.
+A falling loss proves nothing about a memory: what leaks past it helps the loss as well.
 
     pytest -q -k assignment_read             # one assignment's tests alone, see ASSIGNMENTS
     python test_lm2.py --blank=FOLDER        # a copy of the project with the assignments to solve
@@ -27,7 +26,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # models are tiny, and the other core has the long run
+os.environ["OMP_NUM_THREADS"] = "1"  # models are tiny
 
 import pytest
 import torch
@@ -149,12 +148,13 @@ def test_assignment_attention_equals_slow_loops():
 def test_assignment_attention_goes_on_from_its_cache():
     layer, x, cache = part("attention"), randn(2, 1, 4, 8), {}
     parts = [layer(x[:, :, start:stop], cache) for start, stop in ((0, 2), (2, 3), (3, 4))]
-    assert close(torch.cat(parts, dim=2), layer(x))
+    assert close(torch.cat(parts, dim=2), layer(x)) and not close(parts[-1], layer(x[:, :, 3:]))
 
 
 def test_assignment_attention_obeys_a_mask():
     layer, x, everyone = part("attention"), randn(2, 1, 4, 8), torch.ones(4, 4).bool()
     assert close(layer(x, mask=everyone.tril()), layer(x))
+    assert not close(layer(x, mask=everyone)[:, :, :1], layer(x[:, :, :1]))
     layer.rotary.forward = lambda x, first=0: x
     assert close(layer(x.flip(2), mask=everyone), layer(x, mask=everyone).flip(2))
 
@@ -167,8 +167,12 @@ def test_assignment_gate_equals_its_formula():
 
 
 def test_assignment_gate_has_the_right_gradient():
-    for gate in (Gate(True), Gate(False)):
-        assert torch.autograd.gradcheck(gate, torch.linspace(-4, 4, 9).double().requires_grad_())
+    x = torch.linspace(-4, 4, 9).double().requires_grad_()
+    plain = x.detach().sigmoid()
+    slope = plain * (1 - plain)
+    inside = (plain - 0.5).abs() < 0.5 / 1.2
+    assert close(torch.autograd.grad(Gate(False)(x).sum(), x)[0], slope)
+    assert close(torch.autograd.grad(Gate(True)(x).sum(), x)[0], slope * inside * 6 / 5)
 
 
 def slow_read_shares(read, x, slots):
@@ -196,8 +200,9 @@ def test_assignment_read_gates_what_was_recalled():
     """The shares are given here, if they are asked for rightly, so that this part counts alone."""
     read, x, banks = part("read"), randn(2, 2, 4, 8), 5 * randn(2, 2, 3, 8, seed=1)
     shares = randn(2, 2, 4, 3, seed=2).softmax(-1)
-    read.attention = lambda *asked: shares * all(map(close, asked, (x, rms(banks))))
-    assert alike(read, read(x, banks), loop(partial(slow_read, read), banks, shares))
+    tokens = x
+    read.attention = lambda x, slots: shares * (close(x, tokens) and close(slots, rms(banks)))
+    assert alike(read, read(tokens, banks), loop(partial(slow_read, read), banks, shares))
 
 
 def slow_write_shares(write, x):
@@ -235,24 +240,25 @@ def test_assignment_write_is_a_cell_that_runs_over_segments():
     """The shares are given here, if they are asked for rightly, so that this part counts alone."""
     shares = randn(2, 3, 3, 4, seed=2).softmax(-1)
     for sees in (True, False):
-        write, x, bank = part("write", gates_see_bank=sees), 5 * randn(2, 3, 4, 8), randn(2, 3, 8)
-        write.attention = lambda asked: shares * close(asked, rms(x))
-        banks, last = write(x, bank)
+        write, e, bank = part("write", gates_see_bank=sees), 5 * randn(2, 3, 4, 8), randn(2, 3, 8)
+        write.attention = lambda x, e=e: shares * close(x, rms(e))
+        banks, last = write(e, bank)
         assert alike(write, torch.cat((banks, last[:, None]), dim=1),
-                     loop(partial(slow_write, write), x, bank, shares, depth=1)), sees
+                     loop(partial(slow_write, write), e, bank, shares, depth=1)), sees
 
 
 def block_of_stubs(memory="lm2", cache=None, mask=None):
     """What a block of simple functions gives and each of them was given, and what they should."""
     x, bank, given = randn(2, 1, 4, 8), randn(2, 3, 8, seed=1), {}
     block = random_model(memory=memory).blocks[0]
-    stubs = {"attention": lambda e, *_: e.cos(), "feed_forward": torch.tanh}
+    stubs = {"attention": lambda x, cache=None, mask=None: x.cos(),
+             "feed_forward": lambda x: x.tanh()}
     if memory == "lm2":
         stubs |= {"write": lambda x, bank: (bank[:, None] + 1, bank + 2),
-                  "read": lambda e, banks: e.sin() * banks.mean(2, keepdim=True)}
+                  "read": lambda x, banks: x.sin() * banks.mean(2, keepdim=True)}
     for name, stub in stubs.items():
         getattr(block, name).forward = lambda *args, name=name, stub=stub, **more: \
-            given.update({name: [*args, *more.values()]}) or stub(*args)
+            given.update({name: [*args, *more.values()]}) or stub(*args, **more)
     found, e = block(x, bank, cache, mask), rms(x) * block.attention_norm.weight
     banks, left = bank[:, None] + (cache is None), x + e.cos()
     y = left + stubs["read"](e, banks) if memory == "lm2" else left
@@ -336,7 +342,8 @@ def test_assignments_are_written_to_an_empty_folder_alone(tmp_path):
     assert "assignment_read" in run("test_lm2.py", flag) and "empty" in refused("test_lm2.py", flag)
     assert {"lm2.py", "train.py", "test_lm2.py", "README.md"} <= set(os.listdir(folder))
     new, old = ((place / "lm2.py").read_text("utf-8") for place in (folder, Path(HERE)))
-    assert new.count('NotImplementedError("assignment: ') == 7 and len(new) < len(old)
+    bodies = sum(map(len, ASSIGNMENTS.values()))
+    assert new.count('NotImplementedError("assignment: ') == bodies and len(new) < len(old)
     assert new.count('"""') == old.count('"""')             # docstrings stay
 
 
