@@ -607,9 +607,6 @@ def test_a_checkpoint_gives_the_model_back_also_in_bfloat16(checkpoint, tmp_path
 
 
 # --------------------------------------------------------------------------------------------
-
-
-# --------------------------------------------------------------------------------------------
 # The stories
 
 NAMES = "Mary John Daniel Sandra Bill Fred Jeff Julie".split()
