@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, namedtuple
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import Callable
 
@@ -560,7 +560,7 @@ def cut_noise(length, noise, rng):
     return sentences
 
 
-def hide_facts(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0, 1.0)):
+def hide_facts(sample, encoding, length=0, noise=None, rng=None, facts_in=(0.0, 1.0)):
     """A sample's context, as BABILong makes it: `length` tokens with the questions and answers.
 
     Facts keep their order, never split a sentence of noise and lie within the part `facts_in` of
@@ -569,7 +569,7 @@ def hide_facts(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.
     Raises TooLong if the facts do not fit there.
     """
     facts = [(i, encode(encoding, f" {fact}")) for i, fact in enumerate(sample.facts)]
-    if length is None:
+    if not length:
         return facts
     n_facts = sum(len(tokens) for _, tokens in facts)
     length -= len(encode_questions(sample, encoding)[0])
@@ -592,19 +592,15 @@ def hide_facts(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
 
 
-def count_words(texts):
-    """How often each word stands after a space in some texts (any iterable of strings)."""
-    return Counter(word for text in texts for word in re.findall(r"(?<= )[A-Za-z]+", text))
-
-
-def word_encoding(counts=Counter(), most=2000):
+def word_encoding(texts=(), most=2000):
     """The built-in tokenizer: 256 bytes and, as one token each, every word the generator says.
 
-    The `most` frequent of counted words join them, and a quarter as many pieces of up to four
-    letters that the other words are made of. tiktoken looks a whole word up before it merges
-    bytes, so a listed word is one token and any other text falls back to pieces and bytes:
-    encoding and decoding give the text back exactly.
+    The `most` frequent words behind a space in some texts (any iterable of strings) join them, and
+    a quarter as many pieces of up to four letters that their other words are made of. tiktoken
+    looks a whole word up before it merges bytes, so a listed word is one token and any other text
+    falls back to pieces and bytes: encoding and decoding give the text back exactly.
     """
+    counts = Counter(word for text in texts for word in re.findall(r"(?<= )[A-Za-z]+", text))
     phrases = [*PEOPLE, *GIVERS, *GUESSED, *PLACES, *TOWN, *OBJECTS, *OPPOSITE, *NUMBERS]
     phrases += ["there The the Is Where was yes no maybe nothing"]
     phrases += [p for choices in (*NOISE.values(), *SENTENCES.values()) for p in choices]
@@ -623,13 +619,13 @@ def word_encoding(counts=Counter(), most=2000):
                          [word.encode() for word in dict.fromkeys(words)], PATTERN)
 
 
-def load_encoding(name, counts=Counter()):
+def load_encoding(name, texts=()):
     """"words" (built in), a name tiktoken knows ("gpt2": it downloads once) or a tiktoken file.
 
     Raises BadInput if there is no such tokenizer or it cannot be had.
     """
     if name == "words":
-        return word_encoding(counts)
+        return word_encoding(texts)
     if os.path.isfile(name):
         try:  # not by tiktoken, which would give back an older file of the same name from its cache
             with open(name, "rb") as file:
@@ -674,7 +670,7 @@ def encode_questions(sample, encoding):
     return tokens, answers
 
 
-def to_tokens(sample, encoding, length=None, noise=None, rng=None, facts_in=(0.0, 1.0), behind=0):
+def to_tokens(sample, encoding, length=0, noise=None, rng=None, facts_in=(0.0, 1.0), behind=0):
     """(tokens, targets) of one sample: context, then questions with their answers.
 
     `targets` holds the next token where it belongs to an answer, -1 everywhere else. With a
@@ -902,31 +898,24 @@ def score(model, encoding, samples, length, noise, rng, n_best=0, facts_in=(0.0,
     see `retrieve`, and no more. Long contexts come in small batches, so that one of 128k tokens
     needs no more memory than 32 of 4k.
     """
-    scored, batch = [], []
+    def told():
+        for sample in samples:
+            with contextlib.suppress(TooLong):  # BABILong leaves such samples out as well
+                if n_best:
+                    pieces = hide_facts(sample, encoding, length, noise, rng, facts_in)
+                    sentences = [encoding.decode(tokens).strip() for _, tokens in pieces]
+                    found = retrieve([s for s in sentences if s], sample, n_best)
+                    yield sample, to_tokens(found, encoding)
+                else:
+                    yield sample, to_tokens(sample, encoding, length, noise, rng, facts_in)
 
-    def answer():
-        right = answered(model, *stack([pair for _, pair in batch])).tolist()
-        scored.extend(zip([sample for sample, _ in batch], right))
-        batch.clear()
-
+    scored = []
     if not length:  # rows of a batch are as long as one another
         samples = sorted(samples, key=lambda s: len(to_tokens(s, encoding)[0]))
-    for sample in samples:
-        try:
-            if n_best:
-                pieces = hide_facts(sample, encoding, length or None, noise, rng, facts_in)
-                sentences = [encoding.decode(tokens).strip() for _, tokens in pieces]
-                told = retrieve([s for s in sentences if s], sample, n_best)
-                pair = to_tokens(told, encoding)
-            else:
-                pair = to_tokens(sample, encoding, length or None, noise, rng, facts_in)
-        except TooLong:  # BABILong leaves such samples out as well
-            continue
-        if batch and (len(batch) * len(pair[0]) >= most or len(batch[0][1][0]) != len(pair[0])):
-            answer()
-        batch.append((sample, pair))
-    if batch:
-        answer()
+    for size, rows in itertools.groupby(told(), lambda row: len(row[1][0])):
+        while batch := list(itertools.islice(rows, max(1, most // size))):
+            right = answered(model, *stack([pair for _, pair in batch])).tolist()
+            scored += zip([sample for sample, _ in batch], right)
     return scored
 
 
@@ -1010,16 +999,14 @@ def proof_table(model, encoding, tasks, lengths, noise, seed=0):
     return table
 
 
-def test_samples(tasks, count, folder="", seed=0):
-    """{task: samples of one question each}: all in the real files in `folder`, or `count` new."""
-    samples = {}
-    for task in tasks:
-        rng = random.Random(f"score {seed} {task}")
-        samples[task] = read_babi(find_babi(folder, task)) if folder else \
-            [make_sample(task, rng) for _ in range(count)]
-        if folder:
-            rng.shuffle(samples[task])
-    return samples
+def samples_of(task, count, folder="", seed=0):
+    """`count` samples of one question each: new ones, or in any order those of the real file."""
+    rng = random.Random(f"score {seed} {task}")
+    if not folder:
+        return [make_sample(task, rng) for _ in range(count)]
+    samples = read_babi(find_babi(folder, task))
+    rng.shuffle(samples)
+    return samples[:count]
 
 
 # --------------------------------------------------------------------------------------------
@@ -1167,8 +1154,8 @@ def flag_text(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def parse_flags(config_class, description, argv=None):
-    """Read `--name=value` flags into a dataclass.
+def parse_flags(defaults, description, argv=None):
+    """Read `--name=value` flags into a copy of a dataclass.
 
     Raises BadInput for flags that are unknown, shortened or outside their limits.
     """
@@ -1178,15 +1165,15 @@ def parse_flags(config_class, description, argv=None):
 
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(config_class):
-        default = "" if f.default in (None, "", (), False) else f" ({flag_text(f.default)})"
+    for f in fields(defaults):
+        value = getattr(defaults, f.name)
+        shown = "" if value in (None, "", (), False) else f" ({flag_text(value)})"
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
             "type": f.type, "choices": f.metadata["choices"],
             "metavar": None if f.metadata["choices"] else f.name.upper()}
-        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + default,
-                            **kind)
-    config = config_class(**vars(parser.parse_args(argv)))
-    for f in fields(config_class):
+        parser.add_argument(f"--{f.name}", default=value, help=f.metadata["help"] + shown, **kind)
+    config = replace(defaults, **vars(parser.parse_args(argv)))
+    for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata["limits"]
         if isinstance(value, list):  # how argparse reads --name=--
             raise BadInput(f"--{f.name}: expected one argument")
@@ -1194,14 +1181,6 @@ def parse_flags(config_class, description, argv=None):
             raise BadInput(f"--{f.name}={value}: it must be a number from {limits[0]:g} to "
                            f"{limits[1]:g}")
     return config
-
-
-def as_flags(config):
-    """The command-line flags that make `parse_flags` give this dataclass."""
-    changed = {f.name: getattr(config, f.name) for f in fields(config)
-               if getattr(config, f.name) != f.default}
-    return [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else
-            f"--{name}={flag_text(value)}" for name, value in changed.items()]
 
 
 # --------------------------------------------------------------------------------------------
@@ -1231,13 +1210,11 @@ def print_samples(flags):
     rng = random.Random(flags.seed)
     encoding = word_encoding()
     noise = load_noise(flags.noise, encoding, flags.seed)
-    real = read_babi(find_babi(flags.babi_dir, flags.task)) if flags.babi_dir else None
-    for number in range(1, flags.samples[0] + 1):
-        sample = rng.choice(real) if real else make_sample(flags.task, rng)
+    samples = samples_of(flags.task, flags.samples[0], flags.babi_dir, flags.seed)
+    for number, sample in enumerate(samples, 1):
         question = sample.questions[0]
         try:
-            pieces = hide_facts(sample, encoding, flags.length or None, noise, rng,
-                                flags.facts_in)
+            pieces = hide_facts(sample, encoding, flags.length, noise, rng, flags.facts_in)
         except TooLong as error:
             raise BadInput(f"{error}; use a larger --length or a wider --facts_in") from None
         n_tokens = len(encode_questions(sample, encoding)[0]) + sum(len(t) for _, t in pieces)
@@ -1266,7 +1243,8 @@ def print_scores(flags):
         must_be_new("csv", flags.csv)
     counts = flags.samples + (flags.samples[-1],) * len(flags.lengths)
     noise = load_noise(flags.noise, encoding, f"score {flags.seed}")
-    samples = test_samples(tasks, max(flags.samples), flags.babi_dir, flags.seed)
+    samples = {task: samples_of(task, max(flags.samples), flags.babi_dir, flags.seed)
+               for task in tasks}
     print(f"{path}: stories {flags.babi_dir or 'generated'}, noise {flags.noise or 'built in'}, "
           f"seed {flags.seed}, facts in {flag_text(flags.facts_in)} of the context")
     cells = score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise,
@@ -1277,7 +1255,7 @@ def print_scores(flags):
 
 def main():
     install_error_hook()
-    flags = parse_flags(Flags, __doc__)
+    flags = parse_flags(Flags(), __doc__)
     scoring = flags.score or flags.ckpt
     flags.samples = flags.samples or ((100,) if scoring else (3,))
     if min(flags.samples) < 1:

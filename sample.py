@@ -537,7 +537,7 @@ def check(flags):
 
 def main():
     babi.install_error_hook()
-    flags = babi.parse_flags(Flags, __doc__)
+    flags = babi.parse_flags(Flags(), __doc__)
     check(flags)
     checkpoint = load_checkpoint(babi.find_checkpoint(flags.ckpt))
     model, encoding = LM2.load(checkpoint, babi.find_device(flags.device))

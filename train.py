@@ -20,7 +20,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -88,14 +88,13 @@ DIVERGED = 3  # exit status of a run whose loss is no longer a number
 # Set-up: whatever can be wrong is found here, before anything is written
 
 babi.install_error_hook()
-flags, checkpoint = babi.parse_flags(Flags, __doc__), None
+flags, checkpoint = babi.parse_flags(Flags(), __doc__), None
 ckpt_path = os.path.join(flags.out, "ckpt.pt")
 if flags.resume:
     checkpoint = load_checkpoint(ckpt_path)
     try:
         saved = Flags(**checkpoint["train"]["flags"])
-        flags = babi.parse_flags(Flags, __doc__, [*babi.as_flags(saved), *sys.argv[1:],
-                                                  f"--out={flags.out}"])
+        flags = babi.parse_flags(replace(saved, out=flags.out), __doc__)
     except (TypeError, KeyError):
         raise BadInput(f"{ckpt_path} is of another version of this code") from None
     for name, value in asdict(saved).items():
@@ -153,8 +152,8 @@ split = len(text) * 9 // 10                             # the last tenth is held
 if checkpoint:
     encoding = LM2.load(checkpoint)[1]
 else:
-    encoding = babi.load_encoding(flags.tokenizer, babi.count_words(
-        [text[:split]] if text else (s for book in books for s in babi.read_sentences(book))))
+    encoding = babi.load_encoding(flags.tokenizer, [text[:split]] if text else (
+        sentence for book in books for sentence in babi.read_sentences(book)))
 
 if flags.data:
     tasks, curriculum = (), None

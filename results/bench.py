@@ -201,7 +201,7 @@ def bench_run(folder, device, every=10):
 
 def main():
     babi.install_error_hook()
-    flags = babi.parse_flags(Flags, __doc__)
+    flags = babi.parse_flags(Flags(), __doc__)
     device = torch.device(babi.find_device(flags.device))
     torch.manual_seed(0)
     config = LM2Config(babi.word_encoding().n_vocab)

@@ -107,9 +107,9 @@ def run_arm(name, seed, given, flags):
     for kind, n in (("", 0), (", retrieval", 5)) if name == "vanilla" else (("", 0),):
         scores = os.path.join(out, f"scores{kind[2:]}.csv")
         if not os.path.exists(scores):
-            call("babilong_tiny.py", f"--ckpt={path}", *babi.as_flags(babi.Flags(
-                lengths=flags.lengths, samples=flags.samples, babi_dir=flags.babi_dir,
-                noise=flags.noise, retrieve=n, csv=scores, device=flags.device)))
+            call("babilong_tiny.py", f"--ckpt={path}", f"--retrieve={n}", f"--csv={scores}",
+                 *(f"--{key}={babi.flag_text(getattr(flags, key))}"
+                   for key in ("lengths", "samples", "babi_dir", "noise", "device")))
         for row in babi.read_csv(scores, ("task", "tokens", "accuracy")):
             cells.append(about | {"arm": name + kind, "task": row["task"], "at": int(row["tokens"]),
                                   "value": float(row["accuracy"])})
@@ -179,7 +179,7 @@ def main():
         argv = ["--help"]
     border = argv.index("--") if "--" in argv else len(argv)
     argv, extra = argv[:border], argv[border + 1:]
-    flags = babi.parse_flags(Flags, __doc__, argv)
+    flags = babi.parse_flags(Flags(), __doc__, argv)
     if bool(flags.data) != (study == "text"):
         raise BadInput("`text` needs --data=book.txt, and the others have none")
     flags.out = flags.out or f"out-{study}"

@@ -112,7 +112,7 @@ def draw(path, shares):
 
 def main():
     babi.install_error_hook()
-    flags = babi.parse_flags(Flags, __doc__)
+    flags = babi.parse_flags(Flags(), __doc__)
     path = babi.find_checkpoint(flags.ckpt)
     model, encoding = LM2.load(path, babi.find_device(flags.device))
     if not any(block.read for block in model.blocks):
