@@ -1254,14 +1254,14 @@ def trained(folder, *flags):
 # a question a task, as bAbI's train files (Weston et al. 2015, CC BY 3.0) have them
 REAL = """
 qa1: Mary moved to the bathroom. John went to the hallway. Where is Mary? bathroom
-qa2: Daniel got the milk there. Daniel picked up the football there. Daniel journeyed to the \
-bedroom. Daniel discarded the football. Where is the football? bedroom
+qa2: Mary went to the kitchen. Sandra journeyed to the office. Mary got the football there. Mary \
+travelled to the garden. Where is the football? garden
 qa3: Mary picked up the apple. John went to the office. Mary journeyed to the garden. Mary went \
 to the bedroom. Where was the apple before the bedroom? garden
 qa4: The garden is west of the office. The bedroom is west of the garden. What is west of the \
 office? garden
-qa5: Jeff took the milk there. Jeff gave the milk to Bill. Mary travelled to the bathroom. Mary \
-journeyed to the hallway. Who received the milk? Bill
+qa5: Bill travelled to the office. Bill picked up the football there. Bill went to the bedroom. \
+Bill gave the football to Fred. What did Bill give to Fred? football
 qa6: Sandra moved to the office. John went back to the garden. Is Sandra in the office? yes
 qa7: Mary moved to the bathroom. Sandra journeyed to the bedroom. John went to the kitchen. Mary \
 took the football there. How many objects is Mary carrying? one
