@@ -290,8 +290,8 @@ def test_assignment_block_with_a_cache_reads_the_bank_and_leaves_it():
     assert all(any(x is wanted for x in given["attention"]) for wanted in (cache, mask))
 
 
-def blanked(source, keep=()):
-    """lm2.py's text, of which the assignments' functions, but for those to keep, say so instead."""
+def blanked(source, keep=(), body='raise NotImplementedError("assignment: {part}")'):
+    """lm2.py's text, of which the assignments' functions, but for those to keep, have this body."""
     wanted = {name: part for part in ASSIGNMENTS.keys() - keep for name in ASSIGNMENTS[part]}
     lines = source.splitlines(keepends=True)
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
@@ -300,8 +300,7 @@ def blanked(source, keep=()):
         if part:
             first = function.body[0]    # its docstring stays
             start = first.end_lineno if ast.get_docstring(function) else first.lineno - 1
-            lines[start:function.end_lineno] = [
-                f'        raise NotImplementedError("assignment: {part}")\n']
+            lines[start:function.end_lineno] = [f"        {body.format(part=part)}\n"]
     assert not wanted, wanted
     return "".join(lines)
 
@@ -320,20 +319,23 @@ def write_assignments(folder):
 
 
 def test_blanked_every_assignment_fails_by_its_name_and_solved_alone_it_passes(monkeypatch):
+    """Nor does it pass when it gives back what it was given."""
     source = Path(HERE, "lm2.py").read_text("utf-8")
     if 'NotImplementedError("assignment' in source:
         pytest.skip("these are the assignments themselves")
-    for part, keep in itertools.product(ASSIGNMENTS, (False, True)):
+    for part, text, error in [(part, *version) for part in ASSIGNMENTS for version in (
+            (blanked(source), pytest.raises(NotImplementedError, match=f"^assignment: {part}$")),
+            (blanked(source, body="return x"), pytest.raises(Exception)),
+            (blanked(source, {part}), contextlib.nullcontext()))]:
         module = types.ModuleType("lm2")
-        exec(blanked(source, {part} if keep else ()), module.__dict__)
+        exec(text, module.__dict__)
         for name in ("LM2", "LM2Config", "Gate"):
             monkeypatch.setitem(globals(), name, getattr(module, name))
         tests = [test for name, test in globals().items()
                  if name.startswith(f"test_assignment_{part}_")]
         assert len(tests) >= 2
         for test in tests:
-            with contextlib.nullcontext() if keep else pytest.raises(
-                    NotImplementedError, match=f"^assignment: {part}$"):
+            with error:
                 test()
 
 
