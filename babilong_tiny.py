@@ -707,6 +707,7 @@ class Curriculum:
     All contexts of a step are of one length, 1 to 8 units or a multiple of 8: few shapes, as a
     device prepares itself for each. Batches are a function of the seed, the step, `stage` and
     `running`: a resumed run sees the same. `flags` are train.py's.
+    Raises BadInput where the stories of a task do not fit into a unit.
     """
     UNIT = 64       # tokens
     BARE = 0.4      # of a mixture's steps, those that show bare stories
@@ -898,6 +899,9 @@ def score(model, encoding, samples, length, noise, rng, n_best=0, facts_in=(0.0,
     see `retrieve`, and no more. Long contexts come in small batches, so that one of 128k tokens
     needs no more memory than 32 of 4k.
     """
+    if not length:  # rows of a batch are as long as one another
+        samples = sorted(samples, key=lambda s: len(to_tokens(s, encoding)[0]))
+
     def told():
         for sample in samples:
             with contextlib.suppress(TooLong):  # BABILong leaves such samples out as well
@@ -910,8 +914,6 @@ def score(model, encoding, samples, length, noise, rng, n_best=0, facts_in=(0.0,
                     yield sample, to_tokens(sample, encoding, length, noise, rng, facts_in)
 
     scored = []
-    if not length:  # rows of a batch are as long as one another
-        samples = sorted(samples, key=lambda s: len(to_tokens(s, encoding)[0]))
     for size, rows in itertools.groupby(told(), lambda row: len(row[1][0])):
         while batch := list(itertools.islice(rows, max(1, most // size))):
             right = answered(model, *stack([pair for _, pair in batch])).tolist()
@@ -1166,12 +1168,12 @@ def parse_flags(defaults, description, argv=None):
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(defaults):
-        value = getattr(defaults, f.name)
-        shown = "" if value in (None, "", (), False) else f" ({flag_text(value)})"
+        default = "" if f.default in (None, "", (), False) else f" ({flag_text(f.default)})"
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
             "type": f.type, "choices": f.metadata["choices"],
             "metavar": None if f.metadata["choices"] else f.name.upper()}
-        parser.add_argument(f"--{f.name}", default=value, help=f.metadata["help"] + shown, **kind)
+        parser.add_argument(f"--{f.name}", default=getattr(defaults, f.name),
+                            help=f.metadata["help"] + default, **kind)
     config = replace(defaults, **vars(parser.parse_args(argv)))
     for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata["limits"]

@@ -71,7 +71,7 @@ class Reader:
     memory    the `Memory` behind its full segments
     rest      the tokens since then, fewer than block_size
     count     how many tokens there were in all
-    names     which of NAMES it named
+    names     which of NAMES it named; None: unknown
     recorder  a `Recorder` that looks on, or None
     """
 
@@ -103,7 +103,8 @@ def tidy(text):
 
 def read_text(reader, encoding, text):
     reader.read(encoding.encode_ordinary(text))
-    reader.names |= {*NAME.findall(text)}
+    if reader.names is not None:
+        reader.names |= {*NAME.findall(text)}
 
 
 def read_noise(reader, encoding, flags, count):
@@ -149,13 +150,16 @@ def save_memory(reader, path):
     """Write what the reader knows, to the side first and then into place."""
     with babi.replaced(path, "wb") as file:
         torch.save({**reader.memory._asdict(), "rest": reader.rest, "count": reader.count,
-                    "names": sorted(reader.names), "model": fingerprint(reader.model)}, file)
+                    "names": None if reader.names is None else sorted(reader.names),
+                    "model": fingerprint(reader.model)}, file)
 
 
 def load_memory(model, path):
     """A `Reader` that goes on where the saved one stood. BadInput if it cannot."""
     what, reader = "memory that sample.py saved", Reader(model)
-    saved = load_data(path, ("banks", "tail", "rest", "count", "names", "model"), what)
+    saved = {"names": None} | load_data(path, ("banks", "tail", "rest", "count", "model"), what)
+    with contextlib.suppress(BadInput):     # a file that does not name them is as good
+        saved |= load_data(path, ("names",), what)
     if saved["model"] != fingerprint(model):
         raise BadInput(f"{path} belongs to another model; read the text anew with this one")
     rest, count, names, fresh = saved["rest"], saved["count"], saved["names"], reader.memory
@@ -166,13 +170,14 @@ def load_memory(model, path):
             and type(rest) is list and len(rest) < model.config.block_size \
             and all(type(t) is int and 0 <= t < model.config.vocab_size for t in rest) \
             and type(count) is int and len(rest) <= count < 2**63 \
-            and NAMES.issuperset(names)
+            and (names is None or NAMES.issuperset(names))
     except Exception:   # whatever PyTorch and Python raise for what was forged
         fits = False
     if not fits:
         raise BadInput(f"{path} is no {what}: it holds what no model of this kind writes")
     reader.memory = Memory(*(m.to(model.device) for m in memory))
-    reader.rest, reader.count, reader.names = rest, count, frozenset(names)
+    reader.rest, reader.count = rest, count
+    reader.names = None if names is None else frozenset(names)
     return reader
 
 
@@ -425,13 +430,13 @@ def answer(reader, encoding, tasks, question):
     return f'the model has no answer to that (it says "{printable(said)}")'
 
 
-def hint(encoding, tasks, text, names=NAMES):
+def hint(encoding, tasks, text, names=None):
     """Print what the model cannot know: words, a question's form, a name that was never read."""
     words, told = {*re.findall(r"[A-Za-z]+", text)}, ""
     unknown = sorted(word for word in words if len(encoding.encode_ordinary(f" {word}")) > 1)
     forms = {babi.shape(form, task) for task in tasks for form in babi.QUESTIONS[task].examples}
     asked = [name for name in NAME.findall(text) if name not in PLACES] or NAME.findall(text)
-    missing = [name for name in asked if name not in names]
+    missing = [name for name in asked if names is not None and name not in names]
     if unknown:
         told = f"not among the words of the model's stories: {', '.join(unknown)}"
     elif text.endswith("?") and not any(babi.shape(text, task) in forms for task in tasks):

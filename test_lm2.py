@@ -198,9 +198,8 @@ def test_assignment_read_finds_a_slot_for_each_token():
 
 def test_assignment_read_gates_what_was_recalled():
     """The shares are given here, if they are asked for rightly, so that this part counts alone."""
-    read, x, banks = part("read"), randn(2, 2, 4, 8), 5 * randn(2, 2, 3, 8, seed=1)
+    read, tokens, banks = part("read"), randn(2, 2, 4, 8), 5 * randn(2, 2, 3, 8, seed=1)
     shares = randn(2, 2, 4, 3, seed=2).softmax(-1)
-    tokens = x
     read.attention = lambda x, slots: shares * (close(x, tokens) and close(slots, rms(banks)))
     assert alike(read, read(tokens, banks), loop(partial(slow_read, read), banks, shares))
 
@@ -1146,6 +1145,8 @@ def test_flags_are_those_given_and_else_the_defaults():
     assert babi.parse_flags(babi.Flags(), "", given) == babi.parse_flags(many, "", []) == many
     assert babi.parse_flags(many, "", ["--length=9"]) == dataclasses.replace(many, length=9)
     assert babi.parse_flags(switch(), "", ["--no-on"]) == switch(False)
+    with pytest.raises(SystemExit):     # a name with a % breaks no help
+        babi.parse_flags(dataclasses.replace(many, noise="50%.txt"), "", ["--help"])
 
 
 def test_the_checkpoint_is_the_one_named_or_the_last_or_the_one_that_ships(tmp_path, monkeypatch):
@@ -1713,11 +1714,11 @@ def test_a_chat_has_commands_and_a_question_or_a_failed_load_leaves_no_trace(ckp
 
 
 @pytest.mark.parametrize("task, question, names, said", [
-    ("qa6", "Is Mary in the office?", {"Mary"}, ""), ("qa1", "Is Mary?", set(), "never"),
+    ("qa6", "Is Mary in the office?", {"Mary"}, ""), ("qa1", "Is Mary?", None, "never"),
     ("qa6", "Is Mary in the office?", set(), "Mary"),
     ("qa4", "What is north of the office?", set(), "office"),
-    ("qa4", "What is north of the office?", {"office"}, ""), ("qa1", "Why did Zoe?", set(), "Zoe"),
-    ("qa2", "Where is the milk?", {"Mary"}, "milk"), ("qa2", "Where is the milk?", {"milk"}, ""),
+    ("qa4", "What is north of the office?", {"office"}, ""), ("qa1", "Why did Zoe?", None, "Zoe"),
+    ("qa2", "Where is the milk?", {"Mary"}, "milk"), ("qa2", "Where is the milk?", None, ""),
     ("qa5", "Who gave the milk to Bill?", {"milk", "Fred"}, "Bill")])
 def test_a_hint_names_what_the_model_never_read_or_learned(task, question, names, said, capsys):
     sample.hint(babi.word_encoding(), [task], question, names)
@@ -1740,7 +1741,7 @@ def test_a_saved_memory_knows_its_model_whom_it_named_and_that_it_is_of_an_earli
     saved = torch.load(memory, weights_only=True)
     assert saved.pop("names") == ["John", "Mary", "kitchen", "office"]
     torch.save(saved, memory)           # of whom it speaks is unknown
-    assert "is no memory" in refused("sample.py", *asked)
+    assert run("sample.py", *asked)
 
 
 def test_noise_is_of_its_seed_and_as_long_as_is_said(loaded):

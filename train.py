@@ -402,6 +402,7 @@ while state["step"] < flags.steps and not stopped:
         optimizer.zero_grad()
     state["step"] += 1
 
+    stopped = stopped or bool(stop and world == 1)
     last, said = state["step"] == flags.steps or stopped, ""
     if state["step"] % flags.log_every == 0 or last:
         said = log(time.time() - clock)
