@@ -10,18 +10,20 @@ head), the memory with a switch for each gate, the rivals memory="rmt" (Recurren
 Transformer) and memory="none", a local mixer (a short causal convolution over the embeddings),
 generation, Muon and loading. Not here: dropout, pretrained weights, several processes.
 
-Glossary (B batch, S segments, T tokens of a segment, N memory slots, d width, V vocabulary)
+Glossary (B batch, L tokens of a text, in S segments of T, N memory slots, d width)
     in the code     in the paper     shape          what it is
     bank            M_t              B x N x d      a block's memory bank; starts as eye(N, d)
     banks           M_0 .. M_S-1     B x S x N x d  the bank as each segment finds it
+    Memory.banks    -                B x K x N x d  the banks of all K blocks that have one
     e               E_t              B x S x T x d  the normed input of a block's attention and read
     x               E_attn, E_next   B x S x T x d  the tokens on their way through the blocks
     recalled        E_mem            B x S x T x d  what the tokens read from the bank
     output_gate     g_out            B x S x T x d  how much of it joins the decoder
-    news            (E_mem in 4-6)   B x S x N x d  what the slots find in a segment
+    news            E_t, E_mem       B x S x N x d  what the slots find in a segment
     input_gate      g_in             B x N x d      how much of that is written
     forget_gate     g_forget         B x N x d      how much of the old slot stays
     address         -                N x d          learned names of the slots to be read by (ours)
+    shares          softmax(...)     B x S x T x N  attention weights (a write's: B x S x N x T)
 
 Where this departs from the paper, and why
     * The paper's eqs. 3-6 mix T-row gates with N-row memory and only type-check for T = N. Here the
@@ -35,6 +37,8 @@ Where this departs from the paper, and why
     * What a slot looks for is learned and does not depend on what it holds, so that can be found
       for all segments at once. The gates see both, as in an LSTM: W news + U tanh(bank) + b.
     * Gates can shut and open wholly: see `Gate`.
+    * Also ours: the bank is normed to be read, its slots have addresses and gate biases of their
+      own, a slot may find nothing (the empty key), the local mixer, blocks that start as identity.
     * The banks are an argument and a return value, and each document starts afresh. Nothing is kept
       between calls, and gradient flows through every segment.
 """
@@ -206,8 +210,8 @@ class LocalMixer(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_embd, 1, config.conv))
 
     def forward(self, x, tail):
-        """x (B, T, d), tail (B, width - 1, d) what stood before it -> (B, T, d), the new tail."""
-        x = torch.cat((tail, x), dim=1)                                 # (B, width - 1 + T, d)
+        """x (B, L, d), tail (B, conv - 1, d) what stood before it -> (B, L, d), the new tail."""
+        x = torch.cat((tail, x), dim=1)                                 # (B, conv - 1 + L, d)
         mixed = F.conv1d(x.mT.contiguous(), self.weight, groups=x.size(-1))
         if mixed.requires_grad:  # MPS before PyTorch 2.6 needs it to be contiguous as well
             mixed.register_hook(torch.Tensor.contiguous)
@@ -246,18 +250,19 @@ class MemoryRead(nn.Module):
         self.gate = Gate(config.hard_gates)
         self.address = nn.Parameter(torch.empty(config.memory_slots, d)) if config.address else 0.0
 
-    def attention(self, x, slots):
-        """Shares (B, S, T, N) by which tokens x (B, S, T, d) attend to slots (B, S, N, d), both of
+    def attention(self, e, slots):
+        """Shares (B, S, T, N) by which tokens e (B, S, T, d) attend to slots (B, S, N, d), both of
         them normed already."""
-        scores = self.query(x) @ self.key(slots + self.address).mT
-        return (scores / x.size(-1) ** 0.5).softmax(-1)                             # eq. 1
+        scores = self.query(e) @ self.key(slots + self.address).mT
+        return (scores / e.size(-1) ** 0.5).softmax(-1)                             # eq. 1
 
-    def forward(self, x, banks):
-        """x (B, S, T, d) normed, banks (B, S, N, d) not yet -> what is to be added to the stream,
+    def forward(self, e, banks):
+        """e (B, S, T, d) normed, banks (B, S, N, d) not yet -> what is to be added to x,
         (B, S, T, d). The shares are those of `self.attention`."""
         slots = normed(banks)
-        recalled = self.attention(x, slots) @ self.value(slots)                     # eq. 2
-        return self.gate(self.output_gate(recalled)) * recalled                     # eq. 3
+        recalled = self.attention(e, slots) @ self.value(slots)                     # eq. 2
+        output_gate = self.gate(self.output_gate(recalled))                         # eq. 3
+        return output_gate * recalled
 
 
 class MemoryWrite(nn.Module):
@@ -450,7 +455,7 @@ class LM2(nn.Module):
         matrices        normal, std 1 / sqrt(fan_in): variance 1 in, variance 1 out
         into the stream 0 for the matrices whose products join the residual stream (attention's
                         output, what is read, feed-forward): every block starts as the identity,
-                        and the memory of the first is learned in far fewer steps
+                        and the first block's memory is learned in far fewer steps
         embedding       normal, std 1 / sqrt(d): the tied head's logits start with variance 1
         norms           1
         gate biases     0, the forget gate 2: a bank that keeps most at first gets its gradient far;
@@ -491,17 +496,17 @@ class LM2(nn.Module):
                       bank.new_zeros(batch_size, max(self.config.conv - 1, 0), d))
 
     def run(self, tokens, memory, caches=None):
-        """All blocks: tokens (B, T) -> hidden states (B, T, d) and the memory.
+        """All blocks: tokens (B, L) -> hidden states (B, L, d) and the memory.
 
         tokens are S whole segments (one for memory="rmt"), or one segment that ends early. With
         caches, a list with a dictionary for each block, they go on in a segment, and no bank is
         written: empty dictionaries at its start, then one token at a time.
         """
-        (B, T), caches = tokens.shape, caches or [None] * len(self.blocks)
+        (B, L), caches = tokens.shape, caches or [None] * len(self.blocks)
         x, tail = self.embedding(tokens), memory.tail
         if self.mixer:
             x, tail = self.mixer(x, tail)
-        x = x.reshape(B, -1, min(T, self.config.block_size), x.size(-1))        # (B, S, T, d)
+        x = x.reshape(B, -1, min(L, self.config.block_size), x.size(-1))        # (B, S, T, d)
         banks = [*memory.banks.unbind(1)] + [None] * (len(self.blocks) - self.n_banks)
         if self.memory_tokens:
             x, banks[0] = self.memory_tokens(x, banks[0], self.blocks, caches)
@@ -509,41 +514,41 @@ class LM2(nn.Module):
             for i, block in enumerate(self.blocks):
                 x, banks[i] = block(x, banks[i], caches[i])
         banks = torch.stack(banks[:self.n_banks], dim=1) if self.n_banks else memory.banks
-        return x.reshape(B, T, -1), Memory(banks, tail)
+        return x.reshape(B, L, -1), Memory(banks, tail)
 
     def hidden_states(self, tokens, memory=None, last=None):
-        """Tokens (B, T >= 1) -> hidden states (B, T or last, d) of the last positions, the memory.
+        """Tokens (B, L >= 1) -> hidden states (B, L or last, d) of the last positions, the memory.
 
         Cutting a long input at multiples of block_size and passing the memory on gives the same as
         one call; any other cut ends a segment there, which changes the result. Without gradients
         and with `last`, a long context needs no more working memory than a short one.
         """
-        B, T = tokens.shape
-        if not T or last is not None and last < 1:
-            raise ValueError(f"{T} tokens, last={last}: there must be at least one of each")
-        first, size, done, hidden = T - min(last or T, T), self.config.block_size, 0, []
+        B, L = tokens.shape
+        if not L or last is not None and last < 1:
+            raise ValueError(f"{L} tokens, last={last}: there must be at least one of each")
+        first, size, done, hidden = L - min(last or L, L), self.config.block_size, 0, []
         memory = self.fresh_memory(B) if memory is None else memory
         # segments at once: for large matrix products, and for bounded working memory
         many = 1 if self.memory_tokens else max(1, 2**13 // (B * size))
-        while done < T:
-            length = min(many, (T - done) // size) * size or T - done
+        while done < L:
+            length = min(many, (L - done) // size) * size or L - done
             x, memory = self.run(tokens[:, done:done + length], memory)
             if done + length > first:
                 hidden.append(x[:, max(first - done, 0):])
             done += length
-        return torch.cat(hidden, dim=1), memory                         # (B, T - first, d)
+        return torch.cat(hidden, dim=1), memory                         # (B, L - first, d)
 
     def forward(self, tokens, targets=None, memory=None, last=None):
-        """Read tokens (B, T) int64, see `hidden_states`, and predict the next ones.
+        """Read tokens (B, L) int64, see `hidden_states`, and predict the next ones.
 
-        targets  (B, T) int64: the next tokens, -1 where nothing is scored
+        targets  (B, L) int64: the next tokens, -1 where nothing is scored
         memory   the `Memory` that an earlier call returned; None: a fresh one
         last     return and score only the last so many positions
-        Returns logits (B, T or last, vocab), the mean cross-entropy in nats (None without targets)
+        Returns logits (B, L or last, vocab), the mean cross-entropy in nats (None without targets)
         and the memory.
         """
         hidden, memory = self.hidden_states(tokens, memory, last)
-        logits, loss = self.head(hidden), None                          # (B, T or last, vocab)
+        logits, loss = self.head(hidden), None                          # (B, L or last, vocab)
         if targets is not None:
             targets = targets[:, -logits.size(1):]
             scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
@@ -551,12 +556,12 @@ class LM2(nn.Module):
         return logits, loss, memory
 
     def head(self, x):
-        """Hidden states (B, T, d) -> logits (B, T, vocab); the weights are the embedding's."""
+        """Hidden states (B, L, d) -> logits (B, L, vocab); the weights are the embedding's."""
         return F.linear(self.norm(x), self.embedding.weight)
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, memory=None):
-        """Continue tokens (B, T >= 1) by max_new_tokens; returns both, (B, T + max_new_tokens).
+        """Continue tokens (B, L >= 1) by max_new_tokens; returns both, (B, L + max_new_tokens).
 
         temperature 0 takes the likeliest token, top_k 0 or None chooses among all. The current
         segment's keys and values are kept; the banks are written when it is full, as in `forward`.
@@ -586,8 +591,8 @@ class LM2(nn.Module):
         return tokens
 
     def optimizer(self, lr=2e-3, muon_lr=1e-2, weight_decay=0.0):
-        """[Muon for the matrices inside blocks, of which all but the gates' decay, AdamW for all
-        else, which does not]; step both."""
+        """[Muon for the linear maps inside blocks, where those of the memory's gates do not decay,
+        AdamW for all else, which does not either]; step both."""
         groups = {"matrix": [], "gate": [], "rest": []}
         for name, p in self.named_parameters():
             matrix = name.startswith("blocks.") and name.endswith("weight") and p.dim() == 2

@@ -200,7 +200,7 @@ def test_assignment_read_gates_what_was_recalled():
     """The shares are given here, if they are asked for rightly, so that this part counts alone."""
     read, tokens, banks = part("read"), randn(2, 2, 4, 8), 5 * randn(2, 2, 3, 8, seed=1)
     shares = randn(2, 2, 4, 3, seed=2).softmax(-1)
-    read.attention = lambda x, slots: shares * (close(x, tokens) and close(slots, rms(banks)))
+    read.attention = lambda e, slots: shares * (close(e, tokens) and close(slots, rms(banks)))
     assert alike(read, read(tokens, banks), loop(partial(slow_read, read), banks, shares))
 
 
@@ -254,7 +254,7 @@ def block_of_stubs(memory="lm2", cache=None, mask=None):
              "feed_forward": lambda x: x.tanh()}
     if memory == "lm2":
         stubs |= {"write": lambda x, bank: (bank[:, None] + 1, bank + 2),
-                  "read": lambda x, banks: x.sin() * banks.mean(2, keepdim=True)}
+                  "read": lambda e, banks: e.sin() * banks.mean(2, keepdim=True)}
     for name, stub in stubs.items():
         getattr(block, name).forward = lambda *args, name=name, stub=stub, **more: \
             given.update({name: [*args, *more.values()]}) or stub(*args, **more)
