@@ -591,8 +591,8 @@ class LM2(nn.Module):
         return tokens
 
     def optimizer(self, lr=2e-3, muon_lr=1e-2, weight_decay=0.0):
-        """[Muon for the linear maps inside blocks, where those of the memory's gates do not decay,
-        AdamW for all else, which does not either]; step both."""
+        """[Muon for the linear maps inside blocks, AdamW for all else]; step both. Weights decay
+        with Muon alone, and there not those of the memory's gates."""
         groups = {"matrix": [], "gate": [], "rest": []}
         for name, p in self.named_parameters():
             matrix = name.startswith("blocks.") and name.endswith("weight") and p.dim() == 2
