@@ -704,17 +704,17 @@ class Curriculum:
     chance to all right, its stage grows by half and the mean begins anew. The more of a task's
     answers are wrong, the more rows it gets.
 
-    All contexts of a step are of one length, 1 to 8 units or a multiple of 8: few shapes, as a
-    device prepares itself for each. Batches are a function of the seed, the step, `stage` and
+    All contexts of a step are of one length, in noise 1 to 8 units or a multiple of 8: few shapes,
+    as a device prepares itself for each. Batches are a function of the seed, the step, `stage` and
     `running`: a resumed run sees the same. `flags` are train.py's.
     Raises BadInput where the stories of a task do not fit into a unit.
     """
     UNIT = 64       # tokens
     BARE = 0.4      # of a mixture's steps, those that show bare stories
-    LONG = 0.3      # of the others, those with more than DENSE units, when a stage allows them
+    LONG = 0.3      # of the others, those with DENSE units or more, when a stage allows more
     DENSE = 4       # so many units are still dense with facts
-    SPREAD = 0.5    # of their rows, those whose facts lie anywhere; else in the first part alone
-    BEHIND = 0.7    # of their rows, those that end in noise: questions end anywhere, as in life
+    SPREAD = 0.5    # of rows in noise, those whose facts lie anywhere; else in the first part alone
+    BEHIND = 0.7    # of the same, those that end in noise: questions end anywhere, as in life
 
     def __init__(self, tasks, encoding, noise, flags, processes=1):
         self.tasks, self.encoding, self.noise, self.flags = tasks, encoding, noise, flags

@@ -86,9 +86,8 @@ class LM2Config:
             most = {"n_layer": 1000, "memory_layers": self.n_layer}.get(name, 2**20)
             if type(value) is not field.type or \
                     field.type in (int, float) and not least <= value <= most:
-                kind = field.type.__name__
-                raise BadInput(f"{name} is {value!r}; it must be {kind}, and if a number, from "
-                               f"{least} to {most}")
+                limits = f" from {least} to {most}" if field.type in (int, float) else ""
+                raise BadInput(f"{name} is {value!r}; it must be {field.type.__name__}{limits}")
         if self.n_embd % (2 * self.n_head):
             raise BadInput(f"n_embd ({self.n_embd}) must be a multiple of 2 * n_head "
                            f"({2 * self.n_head}): rotary positions turn pairs of channels")
@@ -130,22 +129,6 @@ def rotary_tables(length, dim, base, dtype, device):
     return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
-class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021) 0 .. length - 1, for `dim` channels."""
-
-    def __init__(self, length, dim, base):
-        super().__init__()
-        self.sizes = length, dim, base
-
-    def forward(self, x, first=0):
-        """Turn the channel pairs of x (..., T, dim), whose positions are first, first + 1, ..."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = (table[first:first + x.size(-2)]
-                    for table in rotary_tables(*self.sizes, dtype, x.device))
-        other = x.roll(x.size(-1) // 2, dims=-1)                            # of each pair
-        return (x * cos + other * sin).type_as(x)
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention within each segment."""
 
@@ -157,7 +140,16 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(config.n_embd, 2 * self.n_kv_head * self.head_dim, bias=False)
         self.output = nn.Linear(config.n_embd, config.n_embd, bias=False)
         extra = 2 * config.memory_slots if config.memory == "rmt" else 0
-        self.rotary = Rotary(config.block_size + extra, self.head_dim, config.rope_base)
+        self.turns = config.block_size + extra, self.head_dim, config.rope_base
+
+    def rotary(self, x, first):
+        """Turn the channel pairs of x (..., T, h) by their positions, first, first + 1, ...: rotary
+        positions (Su et al. 2021)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = (table[first:first + x.size(-2)]
+                    for table in rotary_tables(*self.turns, dtype, x.device))
+        other = x.roll(x.size(-1) // 2, dims=-1)                            # of each pair
+        return (x * cos + other * sin).type_as(x)
 
     def forward(self, x, cache=None, mask=None):
         """x (B, S, T, d) -> (B, S, T, d), causal unless a mask (T, T) says who sees whom (True).
@@ -375,10 +367,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             lr, momentum, shapes = group["lr"], group["momentum"], {}
             for p in group["params"]:
@@ -608,8 +597,7 @@ class LM2(nn.Module):
 
         Raises BadInput if it is not one that fits this code.
         """
-        if not isinstance(checkpoint, dict):
-            return LM2.load(load_checkpoint(checkpoint), device)
+        checkpoint = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
         try:
             config = LM2Config(**checkpoint["config"])
             with torch.device("meta"):  # a forged width or depth is found before it takes memory
@@ -636,7 +624,7 @@ def load_data(path, keys, what):
         raise BadInput(f"there is no {what} {path}")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: data[key] for key in keys} | {"path": str(path)}
+        return {key: data[key] for key in (*keys, *data)} | {"path": str(path)}
     except Exception:  # torch and pickle raise a dozen kinds
         raise BadInput(f"{path} is no {what}, or it was cut short") from None
 

@@ -157,12 +157,11 @@ def save_memory(reader, path):
 def load_memory(model, path):
     """A `Reader` that goes on where the saved one stood. BadInput if it cannot."""
     what, reader = "memory that sample.py saved", Reader(model)
-    saved = {"names": None} | load_data(path, ("banks", "tail", "rest", "count", "model"), what)
-    with contextlib.suppress(BadInput):     # a file that does not name them is as good
-        saved |= load_data(path, ("names",), what)
+    saved = load_data(path, ("banks", "tail", "rest", "count", "model"), what)
     if saved["model"] != fingerprint(model):
         raise BadInput(f"{path} belongs to another model; read the text anew with this one")
-    rest, count, names, fresh = saved["rest"], saved["count"], saved["names"], reader.memory
+    rest, count, fresh = saved["rest"], saved["count"], reader.memory
+    names = saved.get("names")      # a file that does not name them is as good
     try:
         memory = Memory(saved["banks"], saved["tail"])
         check_tensors(memory._asdict(), fresh._asdict())
@@ -251,6 +250,7 @@ class Recorder:
     def add(self, tokens, found):
         self.count += 1
         gone = 1 + len(self.segments[0]["tokens"]) if len(self.segments) == self.keep else 1
+        # new lists, not the old ones changed: /load keeps a shallow copy to go back to
         self.segments = [*self.segments, {"number": self.count, "tokens": tokens} | found]
         self.segments = self.segments[-self.keep:]
         self.before = [torch.cat((source[:, :gone].sum(1, keepdim=True), source[:, gone:]), dim=1)
@@ -258,7 +258,7 @@ class Recorder:
         self.source = [torch.cat((source * forget[:, None], write), dim=1) for source, forget, write
                        in zip(self.before, found["forget"], found["write"])]
 
-    def text(self):
+    def kept(self):
         """Tokens of the segments kept, in the order of the columns of `source`."""
         return [token for segment in self.segments for token in segment["tokens"]]
 
@@ -293,7 +293,7 @@ def show(encoding, recorder):
     """Print the segments, tokens marked by how strongly a slot wrote them, and the last read."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shades = (None, 254, 153, 117, 75, 33)  # light to dark: told apart without colour vision
-    texts = texts_of(encoding, recorder.text())
+    texts = texts_of(encoding, recorder.kept())
     rest = iter(texts)
     for segment in recorder.segments:
         line, most = "", 0.0
@@ -318,7 +318,7 @@ def show(encoding, recorder):
 
 def show_memory(encoding, reader):
     """A line for each slot that holds something: block, slot, and the words it goes back to."""
-    texts, lines = texts_of(encoding, reader.recorder.text()), []
+    texts, lines = texts_of(encoding, reader.recorder.kept()), []
     for i, source in enumerate(reader.recorder.source):
         for slot, row in enumerate(source):
             if words := held(reader.recorder, texts, row, least=0.1):
@@ -381,7 +381,7 @@ draw();
 
 def write_html(encoding, recorder, path):
     """A page of heat maps, tokens by slots, for every segment and block; needs nothing else."""
-    texts = iter(texts_of(encoding, recorder.text()))
+    texts = iter(texts_of(encoding, recorder.kept()))
     data = [{"number": segment["number"],
              "tokens": [html.escape(next(texts)) for _ in segment["tokens"]],
              "blocks": [{"gates": mean_gates(segment, i)} | {    # in hundredths, slots by tokens

@@ -136,7 +136,7 @@ autocast = torch.autocast(device_type, torch.bfloat16, enabled=native)
 # Data: every batch is a function of the seed, the step and where the tasks stand, so that a
 # resumed run sees the same ones
 
-books = [name for name in (flags.data or flags.noise).split(",") if name]
+books = [flags.data] if flags.data else [name for name in flags.noise.split(",") if name]
 if flags.data and (flags.noise or flags.task != Flags.task):
     raise BadInput("--data learns a text: leave --task and --noise away")
 texts = 0  # a number that tells texts apart: a resumed run must have the same
@@ -224,7 +224,6 @@ try:
 except (MemoryError, RuntimeError) as error:
     raise BadInput(f"this model cannot be built: {str(error).splitlines()[0]}") from None
 optimizers = model.optimizer(flags.lr, flags.muon_lr, flags.weight_decay)
-rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 state = {"step": 0, "seconds": 0.0, "flags": asdict(flags), "text": texts,  # of the run so far
          "stage": curriculum.stage if curriculum else {},
          "running": curriculum.running if curriculum else {}}
@@ -370,9 +369,9 @@ while state["step"] < flags.steps and not stopped:
     batch, count, rows_in, asked_in = coming.result()
     tokens, at, answers, weights, first, task_of = (x.to(device) for x in batch.values())
     share = rate(state["step"])
-    for optimizer, base in zip(optimizers, rates):
-        for group, lr in zip(optimizer.param_groups, base):
-            group["lr"] = lr * share
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * share
     with autocast:
         logits, change = scorer(tokens, at)
     loss = (F.cross_entropy(logits.float(), answers, reduction="none") * weights).sum() * world

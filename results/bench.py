@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import babilong_tiny as babi
 from babilong_tiny import flag
-from lm2 import LM2, LM2Config, load_checkpoint
+from lm2 import LM2, BadInput, LM2Config, load_checkpoint
 
 
 @dataclass
@@ -107,7 +107,15 @@ def bench_generation(model, positions, count):
         f"{own / other:12.2f}" for own, other in zip(*speeds.values())))
 
 
-def shares_of_parts(model, optimizers, step):
+def step(model, optimizers, tokens):
+    """A step of training, with all tokens scored: else vanilla learns from few segments."""
+    model(tokens, tokens)[1].backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def shares_of_parts(model, optimizers, tokens):
     """{part: share of a step's time}, taken by hooks forward and backward."""
     spent, begun = Counter(), {}
 
@@ -129,7 +137,7 @@ def shares_of_parts(model, optimizers, step):
     for optimizer in optimizers:
         optimizer.register_step_pre_hook(start)
         optimizer.register_step_post_hook(stop("optimizers"))
-    whole = timed(model.device, step, model, optimizers)
+    whole = timed(model.device, step, model, optimizers, tokens)
     spent["the rest"] = whole - sum(spent.values())
     return {name: seconds / whole for name, seconds in spent.items()}
 
@@ -140,16 +148,9 @@ def bench_training(config, device, segments, rounds):
     shape = babi.rows_of(length, flags), length     # as train.py makes its batches
     tokens = torch.randint(config.vocab_size, shape, device=device)
     arms, kernels, speeds = {}, {}, {"vanilla": [], "RMT": [], "LM2": []}
-
-    def step(model, optimizers):    # with all tokens scored: else vanilla learns from few segments
-        model(tokens, tokens)[1].backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
     for name, memory in zip(speeds, ("none", "rmt", "lm2")):
         model = LM2(replace(config, memory=memory)).to(device)
-        arms[name] = model, model.optimizer()
+        arms[name] = model, model.optimizer(), tokens
         step(*arms[name])           # optimizers make their state in the first
         with Kernels() as counted:
             step(*arms[name])
@@ -159,18 +160,17 @@ def bench_training(config, device, segments, rounds):
             speeds[name].append(tokens.numel() / timed(device, step, *arm))
     print(f"\ntraining on {shape[0]} contexts of {segments} segments, median of {rounds} rounds\n"
           f"{'':8}parameters  tokens/s  of vanilla (lowest to highest)  kernels in a step")
-    for name, (model, _) in arms.items():
+    for name, (model, *_) in arms.items():
         ratios = sorted(own / base for own, base in zip(speeds[name], speeds["vanilla"]))
         print(f"{name:8}{sum(p.numel() for p in model.parameters()):10,}"
               f"{statistics.median(speeds[name]):10,.0f}{statistics.median(ratios):12.2f} "
               f"({ratios[0]:.2f} to {ratios[-1]:.2f}){kernels[name]:22,}")
     print("LM2's time: " + ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in
-                                     shares_of_parts(*arms["LM2"], step).items()))
+                                     shares_of_parts(*arms["LM2"]).items()))
 
 
-def bench_run(folder, device, every=10):
+def bench_run(folder, checkpoint, device, every=10):
     """Replay the curriculum of a run from its log, each `every`-th step, and count kernels."""
-    checkpoint = load_checkpoint(os.path.join(folder, "ckpt.pt"))
     saved, (model, encoding) = checkpoint["train"]["flags"], LM2.load(checkpoint, device)
     log = babi.read_csv(os.path.join(folder, "log.csv"), ("step",))
     noise = babi.load_noise(saved["noise"], encoding, 0)
@@ -187,10 +187,7 @@ def bench_run(folder, device, every=10):
         tokens = torch.zeros(shape, dtype=torch.long, device=device)
         for _ in range(2):      # optimizers make their state in the first
             with Kernels() as counted:
-                model(tokens, tokens)[1].backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
+                step(model, optimizers, tokens)
         kernels[shape] = counted.count
     print(f"\n{folder}: {len(shapes)} shapes; segments: about so many steps, kernels in one")
     print("; ".join(f"{length // model.config.block_size}: {count}, {kernels[rows, length]:,}"
@@ -203,6 +200,10 @@ def main():
     babi.install_error_hook()
     flags = babi.parse_flags(Flags(), __doc__)
     device = torch.device(babi.find_device(flags.device))
+    if flags.run:
+        checkpoint = load_checkpoint(os.path.join(flags.run, "ckpt.pt"))
+        if checkpoint["train"]["flags"]["data"]:
+            raise BadInput(f"--run={flags.run}: it learned a text, by no curriculum to replay")
     torch.manual_seed(0)
     config = LM2Config(babi.word_encoding().n_vocab)
     model = LM2(config).to(device).eval()
@@ -212,7 +213,7 @@ def main():
     bench_generation(model, (10, 300) if flags.quick else (100, 10_000, 100_000),
                      5 if flags.quick else 100)
     if flags.run:
-        bench_run(flags.run, device)
+        bench_run(flags.run, checkpoint, device)
     for segments in (1, 2) if flags.quick else (4, 64):
         bench_training(config, device, segments, 2 if flags.quick else 9)
 

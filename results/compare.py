@@ -39,9 +39,15 @@ class Flags:
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
+def settings(flags):
+    """{name: value, a string or for a switch a bool} of flags of train.py."""
+    return dict(f[2:].split("=", 1) if "=" in f else (f[2:].removeprefix("no-"), f[:5] != "--no-")
+                for f in flags)
+
+
 def count(flags):
     """How many parameters a model has that train.py makes with these flags."""
-    given = dict(f[2:].split("=") for f in flags if "=" in f)
+    given = settings(flags)
     sizes = {f.name: f.type(given[f.name]) for f in fields(LM2Config) if f.name in given}
     with torch.device("meta"):
         model = LM2(LM2Config(babi.word_encoding().n_vocab, **sizes))
@@ -57,7 +63,7 @@ def matched(changes, flags):
 
 def arms(study, flags):
     """{name: flags of train.py that differ} of the models of a study; `flags` all have."""
-    layers = int(dict(f[2:].split("=") for f in flags if "=" in f).get("n_layer", 2))
+    layers = int(settings(flags).get("n_layer", 2))
     vanilla, rmt = ["--memory=none"], ["--memory=rmt"]
     depths = {f"memory in the first {k}": [f"--memory_layers={k}"]
               for k in dict.fromkeys((layers // 2, 1)) if 0 < k < layers}
@@ -143,14 +149,12 @@ def report(cells, lost, path):
 def draw(path, panels):
     """Draw {title: {label: {x: [one value a seed]}}}: means, and bands to lowest and highest."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         return print("\n(pip install matplotlib, and this ends with a picture)")
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels) + 1.5, 4), sharey=True,
-                                squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes[0], panels.items()):
+    figure = Figure(figsize=(5.5 * len(panels) + 1.5, 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, panels.items()):
         text = title == "text"
         for i, (label, values) in enumerate(lines.items()):
             axis.plot(list(values), [statistics.mean(v) for v in values.values()],
@@ -163,23 +167,20 @@ def draw(path, panels):
             axis.set_xscale("symlog", base=2, linthresh=1024)
             axis.set(ylim=(0, 1.03), xticks=ticks, xticklabels=[babi.shorten(x) for x in ticks])
             axis.minorticks_off()
-    axes[0, 0].set_ylabel("bits per byte of held-out text" if "text" in panels else "accuracy")
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0].set_ylabel("bits per byte of held-out text" if "text" in panels else "accuracy")
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     print(f"\npicture: {path}", flush=True)
 
 
 def main():
     babi.install_error_hook()
-    study, argv = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    if study not in ("memory", "parts", "text"):
-        if "--help" not in sys.argv[1:] and "-h" not in sys.argv[1:]:
-            raise BadInput("say what to compare: memory, parts or text (see --help)")
-        argv = ["--help"]
-    border = argv.index("--") if "--" in argv else len(argv)
-    argv, extra = argv[:border], argv[border + 1:]
+    border = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    argv, extra = sys.argv[1:border], sys.argv[border + 1:]
+    study = argv.pop(0) if argv and not argv[0].startswith("-") else ""
     flags = babi.parse_flags(Flags(), __doc__, argv)
+    if study not in ("memory", "parts", "text"):
+        raise BadInput("say what to compare: memory, parts or text (see --help)")
     if bool(flags.data) != (study == "text"):
         raise BadInput("`text` needs --data=book.txt, and the others have none")
     flags.out = flags.out or f"out-{study}"

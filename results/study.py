@@ -2,7 +2,7 @@
 
     python train.py                                 # a model to look at: one that learned qa1
     python -m results.study                         # out/ckpt.pt, else the model that ships
-    python -m results.study --ckpt=out-qa2/ckpt.pt --out=study.png
+    python -m results.study --ckpt=out-qa2/ckpt.pt --out=qa2.png
 
 Segment 1 tells where Mary and John are, segment 2 that Mary moved; the rest is noise. In the third
 the same question is asked of three banks: as segment 1 left it, as segment 2 did, and one frozen
@@ -10,7 +10,6 @@ after segment 1 while segment 2 went by. Printed and drawn is what the question'
 the share that was written at each fact's words. Noise's share is a later word of a fact's segment,
 where attention had gathered the fact.
 """
-import os
 import random
 import sys
 from dataclasses import dataclass
@@ -32,20 +31,18 @@ ROWS = (OLD, OTHER, NEW, "noise")
 @dataclass
 class Flags:
     ckpt: str = flag("", "checkpoint of train.py (out/ckpt.pt, else the one in results/)")
-    out: str = flag(os.path.join(os.path.dirname(os.path.abspath(__file__)), "study.png"),
-                    "where to draw the picture")
+    out: str = flag("study.png", "where to draw the picture")
     device: str = flag("cpu", "auto, cpu, cuda or mps")
 
 
-def traced(recorder, row=-1):
-    """(tokens before the last segment): where what the row's token read came from, sum 1.
+def traced(recorder):
+    """(tokens before the last segment): where what the last token read came from, sum 1.
 
-    Over all blocks, each weighted with the length of what it joined to the decoder. `row` is the
-    token's place in the last segment.
+    Over all blocks, each weighted with the length of what it joined to the decoder.
     """
     last, total = recorder.segments[-1], 0.0
     for i, source in enumerate(recorder.before):
-        total = total + last["joined"][i][row] * (last["read"][i][row] @ source[:, 1:])
+        total = total + last["joined"][i][-1] * (last["read"][i][-1] @ source[:, 1:])
     return total / total.sum().clamp(min=1e-9)
 
 
@@ -91,13 +88,11 @@ def study(model, encoding):
 
 def draw(path, shares):
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        print("\n(pip install matplotlib, and this ends with a picture)")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
+        return print("\n(pip install matplotlib, and this ends with a picture)")
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, question in zip(axes, QUESTIONS):
         for i, (bank, hatch) in enumerate(zip(BANKS, ("", "//", ".."))):
             heights = [shares[question, bank, row] for row in ROWS]
