@@ -8,7 +8,8 @@ part, carries the last few token embeddings over the border.)
 Here are the decoder (RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, tied
 head), the memory with a switch for each gate, the rivals memory="rmt" (Recurrent Memory
 Transformer) and memory="none", a local mixer (a short causal convolution over the embeddings),
-generation, Muon and loading. Not here: dropout, pretrained weights, several processes.
+generation, Muon and loading. Not here: dropout, weights of large models; several processes are
+train.py's.
 
 Glossary (B batch, L tokens of a text, in S segments of T, N memory slots, d width)
     in the code     in the paper     shape          what it is
@@ -154,10 +155,11 @@ class Attention(nn.Module):
     def forward(self, x, cache=None, mask=None):
         """x (B, S, T, d) -> (B, S, T, d), causal unless a mask (T, T) says who sees whom (True).
 
-        `key_value` gives all heads' keys, then all heads' values; query head i attends with key and
-        value head i // (n_head / n_kv_head). With a cache, a dictionary to be filled in place,
-        empty at a segment's start, x goes on behind the tokens it holds: one at a time, as no mask
-        says that the first of two must not see the second.
+        Each head is softmax(q k^T / sqrt(h)) v of the slice of the width that is its own, q and k
+        turned by `rotary`. `key_value` gives all heads' keys, then all heads' values; query head i
+        attends with key and value head i // (n_head / n_kv_head). With a cache, a dictionary to be
+        filled in place, x goes on behind the tokens it holds: while it is empty any number of
+        them, then one at a time, which sees all before it.
         """
         T = x.size(-2)
         q = self.query(x).view(-1, T, self.n_head, self.head_dim).transpose(1, 2)  # (B S, H, T, h)

@@ -63,7 +63,11 @@ def randn(*shape, seed=0):
 
 
 def close(found, expected):
-    return found.shape == expected.shape and (found - expected).abs().max() < 1e-9
+    """Whether two tensors are alike; pytest shows what is printed where a test fails."""
+    same = found.shape == expected.shape
+    error = (found - expected).abs().max().item() if same else math.nan
+    print(f"found {tuple(found.shape)}, expected {tuple(expected.shape)}, differ by {error:.1e}")
+    return error < 1e-9
 
 
 # --------------------------------------------------------------------------------------------
