@@ -75,8 +75,9 @@ WINDOW = 5  # bAbI asks about a statement among the last five
 Fact = namedtuple("Fact", "action person thing other text")
 # A question about a story; `support` holds the indices of the facts that answer it
 Question = namedtuple("Question", "text answer support")
-# Facts as plain sentences and the questions to ask after them
-Sample = namedtuple("Sample", "facts questions")
+# Facts as plain sentences and the questions to ask after them. For training, some `facts` may be
+# questions by the way, which the text leaves without an answer: {number of the fact: the answer}
+Sample = namedtuple("Sample", "facts questions asides", defaults=({},))
 
 
 class World:
@@ -330,11 +331,13 @@ def tell(task, rng, max_facts=1000):
     return facts
 
 
-def make_sample(task, rng, n_questions=1, max_facts=1000, window=WINDOW):
+def make_sample(task, rng, n_questions=1, max_facts=1000, window=WINDOW, asides=0.0):
     """A `Sample`, whose questions are about the last `window` statements: bAbI's rule; None: any.
 
     Several include questions of the tasks `along` the way, about anything in the story: who
-    follows an object, for one, must follow its holder first.
+    follows an object, for one, must follow its holder first. In such stories the task's own
+    questions are few; these are asked by the way as well, behind a share of up to `asides` of the
+    facts.
     """
     questions = []
     while not questions:
@@ -350,7 +353,17 @@ def make_sample(task, rng, n_questions=1, max_facts=1000, window=WINDOW):
             questions += rng.sample(along, len(along))
         questions = list({question.text: question for question in questions}.values())
         questions = rng.sample(questions[:n_questions], len(questions[:n_questions]))
-    return Sample(tuple(fact.text for fact in facts), tuple(questions))
+    told, answers = [fact.text for fact in facts], {}
+    if asides and TASKS[task].along:
+        told, share = [], rng.uniform(0.0, asides)
+        for i, fact in enumerate(facts, 1):
+            told.append(fact.text)
+            asked = [*askable(task, facts[:i], rng, window)] if rng.random() < share else []
+            if asked:
+                question = rng.choice(asked)
+                answers[len(told)] = question.answer
+                told.append(question.text)
+    return Sample(tuple(told), tuple(questions), answers)
 
 
 # --------------------------------------------------------------------------------------------
@@ -673,16 +686,21 @@ def encode_questions(sample, encoding):
 def to_tokens(sample, encoding, length=0, noise=None, rng=None, facts_in=(0.0, 1.0), behind=0):
     """(tokens, targets) of one sample: context, then questions with their answers.
 
-    `targets` holds the next token where it belongs to an answer, -1 everywhere else. With a
+    `targets` holds the next token where it belongs to an answer, -1 everywhere else; behind a
+    question by the way it holds the first token of the answer that would follow. With a
     `length` the facts are hidden in noise, see `hide_facts`, and there are exactly `length` tokens
     in all, the last `behind` of them noise behind the questions. Raises TooLong if nothing fits.
     """
     questions, answers = encode_questions(sample, encoding)
     context = hide_facts(sample, encoding, length and length - behind, noise, rng, facts_in)
-    tokens = [token for _, piece in context for token in piece]
-    targets = [-1] * len(tokens) + answers + [-1] * (behind + 1)
+    tokens, targets = [], []
+    for i, piece in context:
+        tokens += piece
+        targets += [-1] * len(piece)
+        if i in sample.asides:
+            targets[-1] = encode(encoding, f" {sample.asides[i]}.")[0]
     rest = [token for piece in cut_noise(behind, noise, rng) for token in piece]
-    return tokens + questions + rest, targets[1:]
+    return tokens + questions + rest, targets + answers[1:] + [-1] * (behind + 1)
 
 
 def stack(pairs):
@@ -782,7 +800,7 @@ class Curriculum:
         if self.stage[task] < 4:
             most = min(most, 4 * max(1, self.stage[task] - 1))
         window = rng.choice((WINDOW, None))  # bAbI's own rule, or about anything
-        return task, make_sample(task, rng, self.flags.questions, most, window)
+        return task, make_sample(task, rng, self.flags.questions, most, window, self.flags.asides)
 
     def length(self, sample):
         """Tokens of a sample without noise."""

@@ -722,6 +722,29 @@ def test_half_of_several_questions_are_steps_on_the_way():
     assert asked == {own, "Where is P?", "Where is the O?", "Where was P before the L?"}
 
 
+@pytest.mark.parametrize("task", ["qa1", "qa2", "qa3"])
+def test_questions_by_the_way_are_right_then_and_scored_but_not_answered(task):
+    rng, n_asides = random.Random(0), 0
+    for _ in range(50):
+        story = babi.make_sample(task, rng, 8, 40, rng.choice((5, None)), asides=1.0)
+        told, asked = [], []
+        for i, fact in enumerate(story.facts):
+            if i in story.asides:
+                assert solve(told, fact) == story.asides[i], story
+                asked.append((f" {fact}", f" {story.asides[i]}"))
+            else:
+                told.append(fact)
+        tokens, targets = babi.to_tokens(story, WORDS, 2048, NOISE, rng)
+        end = 2048 - len(babi.encode_questions(story, WORDS)[0])
+        at = [i for i in range(end) if targets[i] >= 0]
+        assert [WORDS.decode([targets[i]]) for i in at] == [answer for _, answer in asked]
+        for i, (question, _) in zip(at, asked):
+            assert WORDS.decode(tokens[:i + 1]).endswith(question) and tokens[i + 1] != targets[i]
+        n_asides += len(asked)
+        assert not babi.make_sample(task, rng, 8).asides
+    assert n_asides > 100 if task != "qa1" else n_asides == 0
+
+
 # Texts and noise
 
 WORDS = babi.word_encoding()
@@ -878,7 +901,7 @@ TWO = ("qa1", "qa6")
 
 def curriculum(tasks, encoding=WORDS, processes=1, **changes):
     flags = dict(seed=0, steps=100, context=1024, batch_size=8, batch_tokens=4096, questions=4,
-                 threshold=0.9) | changes
+                 threshold=0.9, asides=0.0) | changes
     return babi.Curriculum(tasks, encoding, NOISE, types.SimpleNamespace(**flags), processes)
 
 
