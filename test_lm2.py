@@ -25,6 +25,7 @@ import types
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # models are tiny
 
@@ -35,11 +36,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import babilong_tiny as babi
 import sample
-from lm2 import (LM2, BadInput, FeedForward, Gate, LM2Config, Muon, load_checkpoint,
-                 normed)
+from lm2 import LM2, BadInput, FeedForward, Gate, LM2Config, Muon, load_checkpoint, normed
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SEED = 0    # of all random numbers that oracles are given
+BYTES = [chr(byte) for byte in range(256)]
+TWO = ("qa1", "qa6")
+TINY = ["--n_embd=16", "--n_head=2", "--n_kv_head=1", "--context=128", "--batch_size=4",
+        "--log_every=5", "--device=cpu", "--proof=0"]
+STORY = "Mary went to the kitchen. John moved to the office. "
 
 
 def random_model(dtype=torch.float64, **changes):
@@ -64,8 +69,7 @@ def randn(*shape, seed=0):
 
 def close(found, expected):
     """Whether two tensors are alike; pytest shows what is printed where a test fails."""
-    same = found.shape == expected.shape
-    error = (found - expected).abs().max().item() if same else math.nan
+    error = (found - expected).abs().max().item() if found.shape == expected.shape else math.nan
     print(f"found {tuple(found.shape)}, expected {tuple(expected.shape)}, differ by {error:.1e}")
     return error < 1e-9
 
@@ -160,8 +164,7 @@ def test_assignment_gate_equals_its_formula():
 def test_assignment_gate_has_the_right_gradient():
     x = torch.linspace(-4, 4, 9).double().requires_grad_()
     plain = x.detach().sigmoid()
-    slope = plain * (1 - plain)
-    inside = (plain - 0.5).abs() < 0.5 / 1.2
+    slope, inside = plain * (1 - plain), (plain - 0.5).abs() < 0.5 / 1.2
     assert close(torch.autograd.grad(Gate(False)(x).sum(), x)[0], slope)
     assert close(torch.autograd.grad(Gate(True)(x).sum(), x)[0], slope * inside * 6 / 5)
 
@@ -286,8 +289,7 @@ def blanked(source, keep=(), body='raise NotImplementedError("assignment: {part}
     lines = source.splitlines(keepends=True)
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     for owner, function in [(owner, node) for owner in classes for node in owner.body][::-1]:
-        part = wanted.pop(f"{owner.name}.{getattr(function, 'name', '')}", None)
-        if part:
+        if part := wanted.pop(f"{owner.name}.{getattr(function, 'name', '')}", None):
             first = function.body[0]    # its docstring stays
             start = first.end_lineno if ast.get_docstring(function) else first.lineno - 1
             lines[start:function.end_lineno] = [f"        {body.format(part=part)}\n"]
@@ -321,8 +323,7 @@ def test_blanked_every_assignment_fails_by_its_name_and_solved_alone_it_passes(m
         exec(text, module.__dict__)
         for name in ("LM2", "LM2Config", "Gate"):
             monkeypatch.setitem(globals(), name, getattr(module, name))
-        tests = [test for name, test in globals().items()
-                 if name.startswith(f"test_assignment_{part}_")]
+        tests = [f for name, f in globals().items() if name.startswith(f"test_assignment_{part}_")]
         assert len(tests) >= 2
         for test in tests:
             with error:
@@ -515,8 +516,7 @@ def test_muon_is_torchs_muon_in_the_weights_own_precision_and_takes_a_closure():
     trained = []
     for kind in (Muon, torch.optim.Muon):
         torch.manual_seed(1)
-        weights = [torch.nn.Parameter(torch.randn(shape))
-                   for shape in ((6, 6), (6, 6), (4, 10), (10, 4))]
+        weights = [torch.randn(*s, requires_grad=True) for s in ((6, 6), (6, 6), (4, 10), (10, 4))]
         optimizer = kind(weights, lr=0.1, weight_decay=0.5)
 
         def closure():
@@ -557,9 +557,6 @@ def test_sizes_that_do_not_fit_are_refused_by_name(name, value):
         LM2Config(**{"vocab_size": 11, name: value})
 
 
-BYTES = [chr(byte) for byte in range(256)]
-
-
 @pytest.fixture(scope="module")
 def checkpoint():
     """A small one, as train.py makes them."""
@@ -568,22 +565,19 @@ def checkpoint():
             "tokenizer": {"pattern": r"\s*\w+|[\s\S]", "tokens": BYTES}, "train": {}}
 
 
-@pytest.mark.parametrize("place, key, value", [
-    ("tokenizer", None, []), ("tokenizer", "tokens", BYTES[1:]), ("tokenizer", "pattern", 3),
-    ("tokenizer", "tokens", BYTES[1:] + ["a"]), ("tokenizer", "tokens", BYTES[1:] + ["ab"]),
-    ("tokenizer", "pattern", ""), ("tokenizer", "pattern", "("), ("tokenizer", "pattern", r"\w+"),
-    ("tokenizer", "pattern", "(?:" * 9000), ("model", None, None), ("model", "x", torch.ones(8)),
-    ("model", "norm.weight", torch.full((8,), math.nan)), ("model", "norm.weight", [1.0] * 8),
-    ("model", "norm.weight", torch.ones(9)), ("model", "norm.weight", torch.ones(8).long()),
-    ("model", "norm.weight", torch.ones(8).to_sparse()), ("config", "block_size", 2**24),
-    ("model", "norm.weight", torch.ones(8, device="meta")), ("config", None, 3),
-    ("config", "n_layer", 9), ("config", "vocab_size", 255), ("config", "more", 1)])
+@pytest.mark.parametrize("place, key, value", [(place, *case) for place, cases in {
+    "tokenizer": ((None, []), ("tokens", BYTES[1:]), ("tokens", BYTES[1:] + ["a"]),
+                  ("tokens", BYTES[1:] + ["ab"]), ("pattern", 3), ("pattern", ""), ("pattern", "("),
+                  ("pattern", r"\w+"), ("pattern", "(?:" * 9000)),
+    "config": ((None, 3), ("n_layer", 9), ("vocab_size", 255), ("more", 1), ("block_size", 2**24)),
+    "model": ((None, None), ("x", torch.ones(8)), *(("norm.weight", value) for value in (
+        torch.full((8,), math.nan), [1.0] * 8, torch.ones(9), torch.ones(8).long(),
+        torch.ones(8).to_sparse(), torch.ones(8, device="meta"))))}.items() for case in cases])
 def test_a_forged_checkpoint_is_refused_in_one_line(place, key, value, checkpoint, tmp_path):
     torch.save(checkpoint | {place: checkpoint[place] | {key: value} if key else value},
                tmp_path / "ckpt.pt")
-    with pytest.raises(BadInput, match=r"ckpt\.pt") as error:
+    with pytest.raises(BadInput, match=r"\A[^\n]*ckpt\.pt[^\n]*\Z"):
         LM2.load(tmp_path / "ckpt.pt")
-    assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_gives_the_model_back_also_in_bfloat16(checkpoint, tmp_path):
@@ -622,9 +616,8 @@ GIFTS = {
 def read_story(facts):
     """Yields (kind, who, what, whom) from the text alone, by rules of its own."""
     for fact in facts:
-        kind, found = next((kind, found) for kind, form in FACTS.items()
-                           if (found := re.fullmatch(form, fact)))
-        yield (kind, *found.groups(), "")[:4]
+        yield next((kind, *found.groups(), "")[:4] for kind, form in FACTS.items()
+                   if (found := re.fullmatch(form, fact)))
 
 
 def solve(facts, question):
@@ -727,20 +720,16 @@ def test_questions_by_the_way_are_right_then_and_scored_but_not_answered(task):
     rng, n_asides = random.Random(0), 0
     for _ in range(50):
         story = babi.make_sample(task, rng, 8, 40, rng.choice((5, None)), asides=1.0)
-        told, asked = [], []
-        for i, fact in enumerate(story.facts):
-            if i in story.asides:
-                assert solve(told, fact) == story.asides[i], story
-                asked.append((f" {fact}", f" {story.asides[i]}"))
-            else:
-                told.append(fact)
+        for i, answer in story.asides.items():
+            told = [fact for k, fact in enumerate(story.facts[:i]) if k not in story.asides]
+            assert solve(told, story.facts[i]) == answer, story
         tokens, targets = babi.to_tokens(story, WORDS, 2048, NOISE, rng)
         end = 2048 - len(babi.encode_questions(story, WORDS)[0])
         at = [i for i in range(end) if targets[i] >= 0]
-        assert [WORDS.decode([targets[i]]) for i in at] == [answer for _, answer in asked]
-        for i, (question, _) in zip(at, asked):
+        assert [WORDS.decode([targets[i]]) for i in at] == [f" {a}" for a in story.asides.values()]
+        for i, question in zip(at, [f" {story.facts[n]}" for n in story.asides]):
             assert WORDS.decode(tokens[:i + 1]).endswith(question) and tokens[i + 1] != targets[i]
-        n_asides += len(asked)
+        n_asides += len(at)
         assert not babi.make_sample(task, rng, 8).asides
     assert n_asides > 100 if task != "qa1" else n_asides == 0
 
@@ -776,14 +765,11 @@ def test_a_text_is_in_utf_8_with_or_without_a_byte_order_mark(tmp_path):
         path.write_bytes(BOOK.replace("\n", "\r\n").encode(encoding))
         assert babi.read_text(path) == BOOK
         assert next(babi.read_sentences(path)) == BOOK[:BOOK.index(" Ha!")]
-    bad = "So \u00e9 ends in \u00e9"
-    for raw, said in (
-            (bad.encode("utf-16"), "in UTF-16"), (bad.encode("utf-16-le"), "in UTF-16"),
-            (bad.encode("utf-16-be"), "in UTF-16"), (bad.encode("latin-1"), "in UTF-8"),
-            (bad.encode()[:-1], "in UTF-8")):  # cut short
-        path.write_bytes(raw)
+    for code in ("utf-16", "utf-16-le", "utf-16-be", "latin-1", "utf-8"):
+        raw = "So \u00e9 ends in \u00e9".encode(code)
+        path.write_bytes(raw[:-1] if code == "utf-8" else raw)      # cut short
         for read in (babi.read_text, babi.read_babi, lambda path: [*babi.read_sentences(path)]):
-            with pytest.raises(BadInput, match=f"book.txt is .*{said}"):
+            with pytest.raises(BadInput, match=f"book.txt is .*in UTF-{16 if '16' in code else 8}"):
                 read(path)
 
 
@@ -811,8 +797,7 @@ def test_real_babi_files_are_found_and_read_and_broken_lines_named(tmp_path):
 def test_noise_depends_on_its_seed_and_on_nothing_else():
     said = [[next(babi.make_noise(WORDS, seed, 300)(random.Random(0))) for _ in range(2)]
             for seed in (0, 0, "proof 0", "score 0")]
-    assert said[0] == said[1] and said[0][0] == said[0][1]
-    assert said[0] != said[2] != said[3] != said[0]
+    assert said[0][0] == said[0][1] and said[1] == said[0] != said[2] != said[3] != said[0]
 
 
 def test_two_noise_sentences_in_five_are_of_words_nobody_knows_and_none_is_of_a_story():
@@ -830,11 +815,10 @@ def test_two_noise_sentences_in_five_are_of_words_nobody_knows_and_none_is_of_a_
 
 
 def test_a_sentence_that_could_be_a_fact_is_no_noise():
-    for text in ("so _Mary_ went", "MARY went", "Mary's hat", "kitchens and offices",
-                 "a Kitchen, an OFFICE", "one _kitchen_, one garden"):
-        assert babi.FACTLIKE.search(text), text
-    for text in ("the bill", "Marylebone", "the kitchen", "officers in gardens"):
-        assert not babi.FACTLIKE.search(text), text
+    texts = ["so _Mary_ went", "MARY went", "Mary's hat", "kitchens and offices",
+             "a Kitchen, an OFFICE", "one _kitchen_, one garden",       # and none of these:
+             "the bill", "Marylebone", "the kitchen", "officers in gardens"]
+    assert [*filter(babi.FACTLIKE.search, texts)] == texts[:6]
 
 
 def test_a_book_is_noise_in_order_from_anywhere_without_short_sentences_and_lookalikes(book):
@@ -864,9 +848,8 @@ def test_facts_lie_where_they_should_and_so_do_questions_targets_and_noise(facts
         assert targets == [-1] * (n - 1) + scored + [-1] * (behind + 1)
         for fact in map(encode, (f" {fact}" for fact in story.facts)):  # in order, and whole
             position = next(i for i in range(position, n) if tokens[i:i + len(fact)] == fact)
-            assert facts_in[0] * n <= position
+            assert facts_in[0] * n <= position <= facts_in[1] * n - len(fact)
             position += len(fact)
-            assert position <= facts_in[1] * n
 
 
 def hidden(n_facts, length, part=1.0):
@@ -895,9 +878,6 @@ def test_facts_lie_anywhere_in_their_part_and_each_gap_is_as_likely():
 
 
 # The curriculum
-
-TWO = ("qa1", "qa6")
-
 
 def curriculum(tasks, encoding=WORDS, processes=1, **changes):
     flags = dict(seed=0, steps=100, context=1024, batch_size=8, batch_tokens=4096, questions=4,
@@ -936,8 +916,7 @@ def test_contexts_are_whole_units_of_few_lengths_and_each_row_knows_its_task():
 
 
 @pytest.mark.parametrize("tasks, bare_share", [(("qa1",), 0.0), (TWO, 0.4)])
-def test_steps_are_bare_and_rows_end_in_noise_or_begin_with_facts_in_turn(tasks, bare_share,
-                                                                           monkeypatch):
+def test_steps_are_bare_and_rows_end_in_noise_or_begin_with_facts(tasks, bare_share, monkeypatch):
     made, rows, bare = curriculum(tasks, batch_size=1), [], 0
     made.stage = dict.fromkeys(tasks, 4)
     monkeypatch.setattr(babi, "to_tokens", lambda *args, real=babi.to_tokens, **behind: (
@@ -1003,12 +982,6 @@ def fixed_answers(right):
     return model
 
 
-def test_a_proof_of_one_story_has_no_other_bank_to_swap():
-    model = random_model(torch.float32, vocab_size=WORDS.n_vocab, block_size=64)
-    row, = babi.proof_table(model, WORDS, ("qa1",), {512: 1}, NOISE)
-    assert row["samples"] == 1 and row["wiped"] >= 0 and math.isnan(row["swapped"])
-
-
 def test_scores_have_their_standard_error_and_shortcuts_at_each_length(capsys):
     samples = {"qa1": [babi.make_sample("qa1", random.Random(i), max_facts=6) for i in range(25)]}
     model = fixed_answers([True] * 20 + [False] * 5 + [True] * 25)
@@ -1016,14 +989,12 @@ def test_scores_have_their_standard_error_and_shortcuts_at_each_length(capsys):
     assert [cell["accuracy"] for cell in cells] == [0.8, 1.0]
     assert [cell["standard_error"] for cell in cells] == pytest.approx([0.08, 0])
     out = capsys.readouterr().out
-    assert "0.800 ±0.080" in out
-    assert re.search(r"last mentioned\nqa1 " + r" +0\.\d{3} /0\.\d{3}" * 2, out), out
+    assert re.search(r"(?s)0\.800 ±0\.080.*last mentioned\nqa1 ( +0\.\d{3} /0\.\d{3}){2}", out), out
 
 
 @pytest.mark.parametrize("task, facts, question, guess", [
     ("qa1", "Mary is in the office. John is in the garden.", "Where is Mary?", "garden"),
-    ("qa3", "Bill is in the office. Bill is in the park.", "Where was he before the park?",
-     "office"),
+    ("qa3", "He is in the office. He is in the park.", "Where was he before the park?", "office"),
     ("qa4", "The office is west of the park.", "What is west of the park?", "office"),
     ("qa5", "Fred gave the milk to Bill. Jeff got the apple.", "What did Jeff give?", "apple"),
     ("qa5", "Fred gave the milk to Bill. Jeff got the apple.", "Who gave the milk?", "Jeff"),
@@ -1054,21 +1025,21 @@ def test_retrieval_finds_the_whole_sentences_that_name_what_is_asked(monkeypatch
     assert all(taken) and all(taken.count(fact) == 4 for fact in facts)
 
 
-def test_the_proof_has_its_facts_in_the_first_half(monkeypatch):
+def test_the_proof_has_its_facts_in_the_first_half_and_one_story_has_no_other_bank(monkeypatch):
     """That train.py gives it noise of another seed is tested there."""
-    seen = []
-    monkeypatch.setattr(babi, "answered_by_bank", lambda model, tokens, targets: (
-        seen.extend(tokens.tolist()), dict.fromkeys(("memory", "wiped", "swapped"), tokens))[1])
-    babi.proof_table(None, WORDS, ["qa1"], {512: 30}, NOISE)
-    assert len(seen) == 30
-    for row in seen:
-        assert not re.search("Mary|John|Daniel|Sandra", WORDS.decode(row[264:-6]))
+    model, seen = random_model(torch.float32, vocab_size=WORDS.n_vocab, block_size=64), []
+    monkeypatch.setattr(babi, "answered_by_bank", lambda *args, real=babi.answered_by_bank: (
+        seen.extend(args[1].tolist()), real(*args))[1])
+    for n in (30, 1):
+        row, = babi.proof_table(model, WORDS, ("qa1",), {512: n}, NOISE)
+        assert row["samples"] == n and row["wiped"] >= 0 and math.isnan(row["swapped"]) == (n == 1)
+    assert len(seen) == 31
+    assert not any(re.search("Mary|John|Daniel|Sandra", WORDS.decode(row[264:-6])) for row in seen)
 
 
 # What the scripts share
 
-def test_samples_are_marked_by_position_without_empty_lines_and_control_characters(tmp_path,
-                                                                                  capsys):
+def test_printed_samples_have_marks_but_no_empty_lines_or_control_characters(tmp_path, capsys):
     story = "1 Mary \x1b[2J went home.\n2 Where is Mary?\t\u6f22\x07\t1\n"
     (tmp_path / "qa3_x.txt").write_text(60 * story, encoding="utf-8")
     for task, length, support, folder in (("qa1", 128, 1, ""), ("qa2", 512, 2, ""),
@@ -1087,13 +1058,12 @@ def test_samples_are_marked_by_position_without_empty_lines_and_control_characte
 @pytest.mark.parametrize("error, status, said", [
     (BadInput("no \x1b[2J " + "x" * 9000), 2, r"error: no \\x1b\[2J x+ \.\.\. x+\n"),
     (FileNotFoundError(2, "No such file", "/no\x07"), 2, r"error: /no\\x07: No such file\n"),
-    (babi.TooLong("two\nlines"), 2, r"error: two\\nlines\n"),
-    (KeyboardInterrupt(), 130, ""), (BrokenPipeError(), 141, ""),
-    (ValueError("a bug"), None, r"[\s\S]*ValueError: a bug\n"),
+    (babi.TooLong("two\nlines"), 2, r"error: two\\nlines\n"), (KeyboardInterrupt(), 130, ""),
+    (BrokenPipeError(), 141, ""), (ValueError("a bug"), None, r"[\s\S]*ValueError: a bug\n"),
     (OSError("no source"), None, r"[\s\S]*OSError: no source\n")])
 def test_bad_input_ends_in_one_line_and_a_bug_in_its_traceback(error, status, said, monkeypatch):
     """Also where streams are missing, or can do as little as a notebook's."""
-    printed, left = [], None
+    printed = []
     for name, stream in (("excepthook", None), ("stdin", None), ("stdout", None),
                          ("stderr", types.SimpleNamespace(write=printed.append))):
         monkeypatch.setattr(sys, name, stream)
@@ -1101,34 +1071,27 @@ def test_bad_input_ends_in_one_line_and_a_bug_in_its_traceback(error, status, sa
     babi.install_error_hook()
     with sys.stdin, sys.stdout:
         print(sys.stdin.read())
-    try:
+    with pytest.raises(SystemExit, match=f"^{status}$") if status else contextlib.nullcontext():
         sys.excepthook(type(error), error, None)
-    except SystemExit as stop:
-        left = stop.code
     printed = "".join(printed)
-    assert left == status and re.fullmatch(said, printed) and len(printed) < 1000, printed
+    assert re.fullmatch(said, printed) and len(printed) < 1000, printed
 
 
 def test_a_file_is_replaced_whole_and_its_neighbours_are_left_alone(tmp_path, monkeypatch):
-    path, other, refused = tmp_path / "a.csv", tmp_path / "a.csv.new", []
+    path, other = tmp_path / "a.csv", tmp_path / "a.csv.new"
     path.write_text("old")
     other.write_text("mine")
     with pytest.raises(ZeroDivisionError), babi.replaced(path, "w") as file:
         file.write("half")
         1 / 0
     assert path.read_text() == "old"
-
-    def replace(times, source, target, real=os.replace):  # a virus scanner reads it so often
-        refused.append(target)
-        if len(refused) <= times:
-            raise PermissionError(13, "Permission denied", str(source))
-        real(source, target)
-
+    denied = PermissionError(13, "Permission denied", "new")    # a virus scanner reads it so often
+    replace = Mock(side_effect=[denied, denied, DEFAULT], wraps=os.replace)
     monkeypatch.setattr(babi.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(os, "replace", partial(replace, 2))
+    monkeypatch.setattr(os, "replace", replace)
     babi.write_csv(path, [{"a": 1, "b": 2}], ["a"])
-    assert babi.read_csv(path, ["a"]) == [{"a": "1"}] and len(refused) == 3
-    monkeypatch.setattr(os, "replace", partial(replace, 99))
+    assert babi.read_csv(path, ["a"]) == [{"a": "1"}] and replace.call_count == 3
+    monkeypatch.setattr(os, "replace", Mock(side_effect=denied))
     with pytest.raises(PermissionError, match="another program") as found:
         babi.write_csv(path, [], ["a"])
     assert found.value.filename == path and other.read_text() == "mine"
@@ -1240,10 +1203,6 @@ def learned(long_run):
     return printed, folder
 
 
-TINY = ["--n_embd=16", "--n_head=2", "--n_kv_head=1", "--context=128", "--batch_size=4",
-        "--log_every=5", "--device=cpu", "--proof=0"]
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The folder of a run of ten steps."""
@@ -1257,14 +1216,11 @@ def tiny(tmp_path_factory):
 def trained(folder, *flags):
     """train.py's globals, and of each step of an optimizer its kind, rates and gradient's norm."""
     names, steps = {}, []
-    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: steps.append((
-        type(optimizer), [group["lr"] for group in optimizer.param_groups],
-        math.hypot(*(p.grad.norm() for group in optimizer.param_groups for p in group["params"]
-                     if p.grad is not None)))))
-    try:
+    with register_optimizer_step_pre_hook(lambda optimizer, *_: steps.append((
+            type(optimizer), [group["lr"] for group in optimizer.param_groups],
+            math.hypot(*(p.grad.norm() for group in optimizer.param_groups for p in group["params"]
+                         if p.grad is not None))))):
         run("train.py", *TINY, *flags, f"--out={folder}", into=names)
-    finally:
-        hook.remove()
     return names, steps
 
 
@@ -1329,8 +1285,7 @@ def test_the_change_of_the_banks_joins_the_loss_while_it_cools_down(tmp_path):
 
 @pytest.mark.parametrize("tasks, power", [("qa1,qa8", 0.5), ("qa1", 1.0)])
 def test_rows_of_a_mixture_weigh_by_the_root_of_what_they_ask(tasks, power, tmp_path):
-    names, _ = trained(tmp_path, f"--task={tasks}", "--steps=1", "--batch_size=8")
-    batch = names["prepare"](1)[0]
+    batch = trained(tmp_path, f"--task={tasks}", "--steps=1", "--batch_size=8")[0]["prepare"](1)[0]
     rows = (batch["at"] // batch["tokens"].size(1)).tolist()
     counts = [rows.count(row) for row in rows]
     assert len(set(counts)) > 1 or power == 1
@@ -1391,13 +1346,11 @@ def ended(folder, steps):
 
 
 def test_ctrl_c_ends_a_run_after_this_step_and_resuming_is_exact(tiny, tmp_path, monkeypatch):
-    def interrupted(self, *args, hidden_states=LM2.hidden_states):
-        calls.append(1)
-        if len(calls) == 5:
+    def interrupted(self, *args, hidden_states=LM2.hidden_states, calls=itertools.count(1)):
+        if next(calls) == 5:
             signal.raise_signal(signal.SIGINT)
         return hidden_states(self, *args)
 
-    calls = []
     monkeypatch.setattr(LM2, "hidden_states", interrupted)
     assert "stopped after step 5" in run("train.py", *TINY, "--steps=10", f"--out={tmp_path}")
     run("train.py", "--resume", f"--out={tmp_path}")
@@ -1427,14 +1380,14 @@ while True:
     os.waitpid(child, 0)
     kills += 1
 """
+spawn = partial(subprocess.run, cwd=HERE, text=True, capture_output=True)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_killed_again_and_again_a_run_ends_with_the_very_same_weights(tmp_path):
     flags = [*TINY, "--task=qa1,qa7", "--steps=120", "--save_every=3"]
     run("train.py", *flags, f"--out={tmp_path}/whole")
-    done = subprocess.run([sys.executable, "-c", KILLER, *flags, f"{tmp_path}/killed"], cwd=HERE,
-                          text=True, capture_output=True)
+    done = spawn([sys.executable, "-c", KILLER, *flags, f"{tmp_path}/killed"])
     assert 246 <= done.returncode <= 252, done.stderr   # killed ten times, or four at least
     (whole, log), (weights, rows) = (ended(tmp_path / name, 120) for name in ("whole", "killed"))
     assert weights == whole and rows[-3:] == log[-3:]
@@ -1460,9 +1413,8 @@ def test_a_run_that_cannot_go_on_says_so_and_leaves_the_older_checkpoint_whole(
 def test_two_processes_learn_what_one_does_with_the_whole_batch(tmp_path):
     flags = [*TINY, "--task=qa1,qa7", "--steps=20", "--threshold=0.01"]
     run("train.py", *flags, f"--out={tmp_path}/one")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", "train.py", *flags, f"--out={tmp_path}/two"],
-                          cwd=HERE, text=True, capture_output=True)
+    done = spawn([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                  "--nproc_per_node=2", "train.py", *flags, f"--out={tmp_path}/two"])
     assert done.returncode == 0 and LM2.load(tmp_path / "two" / "ckpt.pt"), done.stderr
     one, two = (babi.read_csv(tmp_path / name / "log.csv", []) for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
@@ -1538,19 +1490,14 @@ def test_bad_input_gets_one_clear_line_and_changes_no_file(script, case, bad, ti
     assert before == {path: path.is_file() and path.read_bytes() for path in bad.rglob("*")}
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-def test_hostile_files_run_no_code_and_are_refused_in_one_line_or_can_be_used(tiny, tmp_path,
-                                                                             monkeypatch):
+def test_hostile_files_run_no_code_and_are_refused_or_can_be_used(tiny, tmp_path, monkeypatch):
     def ask(path):
         model, encoding = LM2.load(path)
         said = model.generate(torch.tensor([encoding.encode_ordinary("Where?")]), 3)[0].tolist()
         assert encoding.decode(said).startswith("Where?")
 
     monkeypatch.chdir(tmp_path)
+    Bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, ("exploded",))})
     rng, used, story = random.Random(3), set(), b"1 Mary went home.\n2 Who?\tx\t1\n"
     readers = [(ask, (tiny / "ckpt.pt").read_bytes()), (babi.read_babi, story),
                (babi.load_encoding, story), (lambda path: list(babi.read_sentences(path)), story)]
@@ -1573,9 +1520,6 @@ def test_hostile_files_run_no_code_and_are_refused_in_one_line_or_can_be_used(ti
 
 # Asking: sample.py
 
-STORY = "Mary went to the kitchen. John moved to the office. "
-
-
 @pytest.fixture(scope="session")
 def ckpt(tiny):
     """As a flag, a checkpoint of random weights: what it says depends on all that it read."""
@@ -1597,9 +1541,8 @@ def test_the_recorder_changes_nothing_and_records_what_was_computed():
     model, tokens, gates = random_model(torch.float32), random_tokens(B=1, T=11), []
     expected, block = model(tokens)[0], model.blocks[0]
     with torch.no_grad(), sample.Recorder(model) as recorder:
-        hook = block.write.gate.register_forward_hook(lambda *a: gates.append(a[2][0].chunk(2, -1)))
-        assert torch.equal(model(tokens)[0], expected)
-        hook.remove()
+        with block.write.gate.register_forward_hook(lambda *a: gates.append(a[2][0].chunk(2, -1))):
+            assert torch.equal(model(tokens)[0], expected)
         assert torch.equal(model.generate(tokens, 5, temperature=0)[:, :11], tokens)
     assert not any(module._forward_hooks for module in model.modules())
     assert [len(s["tokens"]) for s in recorder.segments] == [4, 4, 3, 4, 4, 4]
@@ -1664,14 +1607,13 @@ def test_control_characters_of_a_text_never_reach_the_terminal(ckpt, tmp_path):
 
 
 @pytest.mark.parametrize("typed, meant", [
-    ("Where is Mary", "Where is Mary?"), ("WHERE IS mary ??", "Where is Mary?"),
-    ("is mary in the Kitchen", "Is Mary in the kitchen?"), ("John got up!", "John got up!"),
-    ("how many objects is john carrying", "How many objects is John carrying?"),
+    ("Where is Mary", "Where is Mary?"), ("iPhones went to the PARK", "iPhones went to the park."),
+    ("is mary in the Kitchen", "Is Mary in the kitchen?"), ("WHERE IS mary ??", "Where is Mary?"),
+    ("how many objects is john carrying", "How many objects is John carrying?"), (" ? ", ""),
+    ("The office is north of the hallway", "The office is north of the hallway."), ("...", ""),
     ("John went to the office. mary moved to the kitchen. Where is Mary?",
      "John went to the office.|Mary moved to the kitchen.|Where is Mary?"),
-    ("The office is north of the hallway", "The office is north of the hallway."),
-    ("iPhones went to the PARK", "iPhones went to the park."),
-    ("Where is the McMilk?", "Where is the McMilk?"), (" ? ", ""), ("...", ""), ("", "")])
+    ("Where is the McMilk?", "Where is the McMilk?"), ("John got up!", "John got up!"), ("", "")])
 def test_what_is_typed_becomes_facts_and_questions_as_the_stories_spell_them(typed, meant):
     assert "|".join(sample.sentences(typed)) == meant
 
@@ -1682,17 +1624,15 @@ def test_what_is_typed_becomes_facts_and_questions_as_the_stories_spell_them(typ
     ("How many objects is Mary carrying?", "two", "milk"), ("Why did Mary go?", "", "kitchen"),
     ("What is Mary carrying?", "milk,milk;apple,nothing", "milk;,two"),
     ("What is north of the office?", "garden", "Mary")])
-def test_an_answer_is_one_that_the_tasks_have_or_it_is_said_that_there_is_none(question, answers,
-                                                                               others):
-    encoding = babi.word_encoding()
+def test_an_answer_is_one_that_the_tasks_have_or_is_said_to_be_none(question, answers, others):
     for words, known in ((answers, True), (others, False)):
         for word in (word.strip().replace(";", ",") for word in words.split(",") if words):
-            said = encoding.encode_ordinary(f" {word}. Then")
+            said = WORDS.encode_ordinary(f" {word}. Then")
             reader = types.SimpleNamespace(generate=lambda *_, **__: said)
-            told = sample.answer(reader, encoding, ["qa1"], question)
+            told = sample.answer(reader, WORDS, ["qa1"], question)
             no_answer = f'the model has no answer to that (it says "{word}")'
             assert told == (word if known else no_answer)
-            assert sample.answer(reader, encoding, [], question) == word
+            assert sample.answer(reader, WORDS, [], question) == word
 
 
 def test_lines_files_flags_and_pipes_are_the_same_story(ckpt, tmp_path):
@@ -1740,22 +1680,19 @@ def test_a_hint_names_what_the_model_never_read_or_learned(task, question, names
     assert re.fullmatch(f"hint: .*{said}.*\n" if said else "", told)
 
 
-def test_a_saved_memory_knows_its_model_whom_it_named_and_that_it_is_of_an_earlier_session(
-        ckpt, tiny, tmp_path):
-    memory = f"{tmp_path}/memory.pt"
-    ask, story = "--ask=Where is Mary?", f"--story={STORY * 20}"
-    told = run("sample.py", ckpt, story, f"--save_memory={memory}", ask)
-    again = run("sample.py", ckpt, f"--load_memory={memory}", ask, "--show")
+def test_a_saved_memory_knows_its_model_whom_it_named_and_that_it_is_old(ckpt, tiny, tmp_path):
+    memory, ask, other = f"{tmp_path}/memory.pt", "--ask=Where is Mary?", "--ask=Where is Sandra?"
+    told = run("sample.py", ckpt, f"--story={STORY * 20}", f"--save_memory={memory}", ask)
+    load = ckpt, f"--load_memory={memory}"
+    again = run("sample.py", *load, ask, "--show")
     assert again.startswith(told) and "an earlier session" in again and "nothing yet" not in again
-    out = run("sample.py", ckpt, f"--load_memory={memory}", input="Where is John?\n/memory\n")
-    assert "an earlier session" in out
-    asked = [ckpt, f"--load_memory={memory}", "--ask=Where is Sandra?"]
-    assert call("sample.py", *asked)[2] == "hint: nothing that was read names Sandra\n"
-    assert "another model" in refused("sample.py", f"--ckpt={tiny}/ckpt.pt", *asked[1:])
+    assert "an earlier session" in run("sample.py", *load, input="Where is John?\n/memory\n")
+    assert call("sample.py", *load, other)[2] == "hint: nothing that was read names Sandra\n"
+    assert "another model" in refused("sample.py", f"--ckpt={tiny}/ckpt.pt", load[1], other)
     saved = torch.load(memory, weights_only=True)
     assert saved.pop("names") == ["John", "Mary", "kitchen", "office"]
     torch.save(saved, memory)           # of whom it speaks is unknown
-    assert run("sample.py", *asked)
+    assert run("sample.py", *load, other)
 
 
 def test_noise_is_of_its_seed_and_as_long_as_is_said(loaded):
@@ -1799,19 +1736,14 @@ def test_a_text_is_read_and_recorded_in_pieces_as_at_once(loaded, tmp_path, monk
     assert [reader.generate([], 70, temperature=0) for _ in range(2)] == [whole, whole]
 
 
-MEMORIES = [
-    *(("banks", forge) for forge in (
-        torch.Tensor.double, torch.Tensor.int, torch.Tensor.to_sparse, torch.Tensor.tolist,
-        lambda t: t.to(torch.complex64), lambda t: t.to("meta"), lambda t: t[:, :1],
-        lambda t: t * math.nan)),
-    *(("tail", forge) for forge in (torch.Tensor.half, lambda t: t + math.inf, lambda t: t + 1e38)),
-    *(("rest", value) for value in (["Mary"], "Mary", [-1], [1.5], [10**6], [True], [2**70], [[1]],
-                                    [1] * 64, None, torch.ones(3))),
-    *(("count", value) for value in ("1", -1, 2**64, 99.5)),
-    *(("names", value) for value in (["\x1b[2J"], [["Mary"]], "Mary")), ("model", torch.ones(2))]
-
-
-@pytest.mark.parametrize("key, value", MEMORIES)
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in {
+    "banks": (torch.Tensor.double, torch.Tensor.int, torch.Tensor.to_sparse, torch.Tensor.tolist,
+              lambda t: t.to(torch.complex64), lambda t: t.to("meta"), lambda t: t[:, :1],
+              lambda t: t * math.nan),
+    "tail": (torch.Tensor.half, lambda t: t + math.inf, lambda t: t + 1e38),
+    "rest": (["Mary"], "Mary", [-1], [1.5], [10**6], [True], [2**70], [[1]], [1] * 64, None,
+             torch.ones(3)), "count": ("1", -1, 2**64, 99.5), "model": (torch.ones(2),),
+    "names": (["\x1b[2J"], [["Mary"]], "Mary")}.items() for value in values])
 def test_a_forged_memory_gets_one_line(loaded, tmp_path, key, value):
     path, reader = str(tmp_path / "memory.pt"), sample.Reader(loaded[0])
     reader.read([65] * 70)
@@ -1837,17 +1769,15 @@ def test_a_text_is_continued_as_flags_say(ckpt):
 def test_a_comparison_counts_weights_as_train_py_makes_them():
     from results import compare
     assert compare.settings(["--data=a=b.txt", "--address"]) == {"data": "a=b.txt", "address": True}
-    flags, vocab = ["--no-address", "--n_embd=32"], babi.word_encoding().n_vocab
-    model = LM2(LM2Config(vocab, address=False, n_embd=32))
-    wanted = sum(p.numel() for p in model.parameters())
+    model = LM2(LM2Config(WORDS.n_vocab, address=False, n_embd=32))
+    flags, wanted = ["--no-address", "--n_embd=32"], sum(p.numel() for p in model.parameters())
     assert compare.count(flags) == wanted
     for kind in ("--memory=rmt", "--memory=none"):
         found = compare.count(flags + compare.matched([kind], flags))
         assert found == pytest.approx(wanted, rel=0.01)
 
 
-def test_a_comparison_trains_and_scores_every_arm_once_and_leaves_out_what_diverges(tmp_path,
-                                                                                    monkeypatch):
+def test_a_comparison_runs_every_arm_once_and_leaves_out_what_diverges(tmp_path, monkeypatch):
     flags = ["memory", "--seeds=7", "--lengths=0,256", "--samples=4,4", f"--out={tmp_path}",
              "--device=cpu", "--", "--steps=3", "--n_layer=1", *TINY[:5]]
     ran, lost, real = [], "no arm", subprocess.run
