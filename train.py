@@ -64,7 +64,7 @@ class Flags:
     context: int = flag(4096, "tokens of the longest training context", 64, 2**24)
     window: int = flag(512, "tokens of a training window, with --data", 1, 2**24)
     questions: int = flag(4, "questions at the end of a training sample", 1)
-    asides: float = flag(0.0, "largest share of a story's facts with a question by the way", 0, 1)
+    asides: float = flag(1.0, "largest share of a story's facts with a question by the way", 0, 1)
     threshold: float = flag(0.9, "way from chance to all right that moves a task on", 0, 1)
     keep: float = flag(1.0, "weight of the banks' mean change in the loss, while it cools down", 0)
     lr: float = flag(2e-3, "AdamW learning rate (all but the matrices inside blocks)", 0, 100)
