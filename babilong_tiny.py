@@ -337,7 +337,7 @@ def make_sample(task, rng, n_questions=1, max_facts=1000, window=WINDOW, asides=
     Several include questions of the tasks `along` the way, about anything in the story: who
     follows an object, for one, must follow its holder first. In such stories the task's own
     questions are few; these are asked by the way as well, behind a share of up to `asides` of the
-    facts.
+    facts (a question's `support` does not count them).
     """
     questions = []
     while not questions:
