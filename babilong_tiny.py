@@ -353,16 +353,15 @@ def make_sample(task, rng, n_questions=1, max_facts=1000, window=WINDOW, asides=
             questions += rng.sample(along, len(along))
         questions = list({question.text: question for question in questions}.values())
         questions = rng.sample(questions[:n_questions], len(questions[:n_questions]))
-    told, answers = [fact.text for fact in facts], {}
-    if asides and TASKS[task].along:
-        told, share = [], rng.uniform(0.0, asides)
-        for i, fact in enumerate(facts, 1):
-            told.append(fact.text)
-            asked = [*askable(task, facts[:i], rng, window)] if rng.random() < share else []
-            if asked:
-                question = rng.choice(asked)
-                answers[len(told)] = question.answer
-                told.append(question.text)
+    share = rng.uniform(0.0, asides) if asides and TASKS[task].along else 0.0
+    told, answers = [], {}
+    for i, fact in enumerate(facts, 1):
+        told.append(fact.text)
+        asked = share and rng.random() < share and [*askable(task, facts[:i], rng, window)]
+        if asked:
+            question = rng.choice(asked)
+            answers[len(told)] = question.answer
+            told.append(question.text)
     return Sample(tuple(told), tuple(questions), answers)
 
 
