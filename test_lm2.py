@@ -1233,8 +1233,8 @@ qa3: Mary picked up the apple. John went to the office. Mary journeyed to the ga
 to the bedroom. Where was the apple before the bedroom? garden
 qa4: The garden is west of the office. The bedroom is west of the garden. What is west of the \
 office? garden
-qa5: Bill travelled to the office. Bill picked up the football there. Bill went to the bedroom. \
-Bill gave the football to Fred. What did Bill give to Fred? football
+qa5: Fred took the football there. Fred passed the football to Jeff. Who did Fred give the \
+football to? Jeff
 qa6: Sandra moved to the office. John went back to the garden. Is Sandra in the office? yes
 qa7: Mary moved to the bathroom. Sandra journeyed to the bedroom. John went to the kitchen. Mary \
 took the football there. How many objects is Mary carrying? one
