@@ -16,7 +16,6 @@ Every function draws from the `random.Random` it is given and from nothing else.
 a flag or a file is said by a `BadInput`.
 """
 import argparse
-import base64
 import codecs
 import contextlib
 import csv
@@ -591,7 +590,7 @@ def hide_facts(sample, encoding, length=0, noise=None, rng=None, facts_in=(0.0, 
     gaps = [gap for gap, offset in enumerate(offsets) if low <= offset <= high - n_facts]
     if not gaps:
         raise TooLong(f"{n_facts} tokens of facts do not fit between sentences of the part "
-                      f"{facts_in[0]:g} to {facts_in[1]:g} of {length} tokens of context")
+                      f"{facts_in[0]:g} to {facts_in[1]:g} of {length} tokens of context; use a larger --length")
     places = sorted(rng.choices(gaps, k=len(facts)))
     for place, fact in zip(reversed(places), reversed(facts)):  # from the end: gaps stay in place
         pieces.insert(place, fact)
@@ -632,25 +631,15 @@ def word_encoding(texts=(), most=2000):
 
 
 def load_encoding(name, texts=()):
-    """"words" (built in), a name tiktoken knows ("gpt2": it downloads once) or a tiktoken file.
+    """"words" (built in), or a name tiktoken knows ("gpt2": it downloads once).
 
     Raises BadInput if there is no such tokenizer or it cannot be had.
     """
     if name == "words":
         return word_encoding(texts)
-    if os.path.isfile(name):
-        try:  # not by tiktoken, which would give back an older file of the same name from its cache
-            with open(name, "rb") as file:
-                ranks = {base64.b64decode(token): int(rank)
-                         for token, rank in (line.split() for line in file if line.strip())}
-            if sorted(ranks.values()) == list(range(len(ranks))):
-                return make_encoding(sorted(ranks, key=ranks.get), PATTERN)
-        except ValueError:
-            pass
-        raise BadInput(f"{name} is not a whole tiktoken rank file")
     if name not in tiktoken.list_encoding_names():
-        raise BadInput(f"no tokenizer {name!r}: use words, a tiktoken file, or one of "
-                         f"{', '.join(tiktoken.list_encoding_names())}")
+        raise BadInput(f"no tokenizer {name!r}: use words or one of "
+                       f"{', '.join(tiktoken.list_encoding_names())}")
     try:
         known = tiktoken.get_encoding(name)
     except Exception as error:  # whatever the network throws
@@ -763,19 +752,15 @@ class Curriculum:
         units -= units % 8 if units > 8 else 0
         length = units * self.UNIT
         ready = [task for task in self.tasks if self.stage[task] >= units]
-        rows, refused = [], 0
+        rows = []
         while len(rows) < rows_of(length, self.flags, self.processes):
             task, sample = self.draw(rng, ready, max(4, length // 8))
             until = 1.0 if rng.random() < self.SPREAD else rng.uniform(0.4, 1.0)
             spare = min(self.UNIT - 1, length - self.length(sample))
             behind = rng.randint(0, spare) if spare > 0 and rng.random() < self.BEHIND else 0
-            try:
+            with contextlib.suppress(TooLong):  # the next story may fit; __init__ saw some that do
                 rows.append((task, to_tokens(sample, self.encoding, length, self.noise, rng,
                                              (0.0, until), behind)))
-            except TooLong as error:  # the next story may fit
-                refused += 1
-                if refused > 100000:
-                    raise BadInput(f"{task}: {error}; use fewer --questions") from None
         return rows
 
     def bare_rows(self, rng):
@@ -909,7 +894,7 @@ def retrieve(sentences, sample, n_best):
     return Sample(tuple(sentences[i] for i in sorted(best)), sample.questions)
 
 
-def score(model, encoding, samples, length, noise, rng, n_best=0, facts_in=(0.0, 1.0), most=2**17):
+def score(model, encoding, samples, length, noise, rng, n_best=0, most=2**17):
     """[(sample, right)] for those samples of one question each that fit into `length` tokens.
 
     Length 0 is the bare story without noise. With `n_best` the model is shown so many sentences,
@@ -923,12 +908,12 @@ def score(model, encoding, samples, length, noise, rng, n_best=0, facts_in=(0.0,
         for sample in samples:
             with contextlib.suppress(TooLong):  # BABILong leaves such samples out as well
                 if n_best:
-                    pieces = hide_facts(sample, encoding, length, noise, rng, facts_in)
+                    pieces = hide_facts(sample, encoding, length, noise, rng)
                     sentences = [encoding.decode(tokens).strip() for _, tokens in pieces]
                     found = retrieve([s for s in sentences if s], sample, n_best)
                     yield sample, to_tokens(found, encoding)
                 else:
-                    yield sample, to_tokens(sample, encoding, length, noise, rng, facts_in)
+                    yield sample, to_tokens(sample, encoding, length, noise, rng)
 
     scored = []
     for size, rows in itertools.groupby(told(), lambda row: len(row[1][0])):
@@ -943,7 +928,7 @@ def shorten(length):
     return f"{length // 1024}k" if length % 1024 == 0 and length else str(length)
 
 
-def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0, facts_in=(0.0, 1.0)):
+def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0):
     """Print accuracies, tasks by lengths, and under them the shortcuts; returns the cells.
 
     samples  {task: list of samples of one question each}
@@ -960,7 +945,7 @@ def score_table(model, encoding, samples, lengths, noise, seed=0, n_best=0, fact
         print(f"{task:8}", end="", flush=True)
         for length, count in lengths.items():
             rng, chosen = random.Random(f"score {seed} {task} {length}"), samples[task][:count]
-            scored = score(model, encoding, chosen, length, noise, rng, n_best, facts_in)
+            scored = score(model, encoding, chosen, length, noise, rng, n_best)
             if not scored:
                 raise BadInput(f"--lengths: {length} tokens are too few for the facts of {task}")
             n, accuracy = len(scored), sum(right for _, right in scored) / len(scored)
@@ -1089,10 +1074,11 @@ def replaced(path, mode, **kwargs):
                     if not wait:
                         raise
                     time.sleep(wait)
-    except OSError as error:
-        why = f"{error.strerror}; maybe another program has it open" \
-            if isinstance(error, PermissionError) else error.strerror
-        raise OSError(error.errno, why, path) from None
+    except (OSError, RuntimeError) as error:    # torch.save's, of a full disk
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        why += "; maybe another program has it open" * isinstance(error, PermissionError)
+        raise BadInput(f"{path} cannot be written ({why}); what was there before, if anything, "
+                       "is whole: make room, and --resume a training") from None
 
 
 def write_csv(path, rows, columns):
@@ -1151,15 +1137,6 @@ def flag(default, help, least=None, most=10**9, choices=None):
                                             "limits": None if least is None else (least, most)})
 
 
-def fraction_range(text):
-    """"0.0,0.5" as (0.0, 0.5)."""
-    with contextlib.suppress(ValueError):
-        low, high = map(float, text.split(","))
-        if 0 <= low < high <= 1:
-            return low, high
-    raise argparse.ArgumentTypeError(f"{text!r} is not a part like 0.0,0.5 between 0 and 1")
-
-
 def token_counts(text):
     """"0,1k,4096" as (0, 1024, 4096)."""
     if not re.fullmatch(r"\d{1,9}k?(,\d{1,9}k?)*", text.lower()):
@@ -1211,7 +1188,6 @@ class Flags:
     task: str = flag("qa1", "which task to print samples of", choices=tuple(TASKS))
     samples: token_counts = flag((), "how many: of the task (3), or for each of --lengths (100)")
     length: int = flag(128, "tokens in all, question and answer included; 0 = no noise", 0)
-    facts_in: fraction_range = flag((0.0, 1.0), "the part of the context that holds the facts")
     babi_dir: str = flag("", "folder of real bAbI files to take the stories from")
     noise: str = flag("", "texts to hide the facts in, instead of the built-in noise: a.txt,b.txt")
     seed: int = flag(0, "seed of stories, noise and mixing")
@@ -1232,10 +1208,7 @@ def print_samples(flags):
     samples = samples_of(flags.task, flags.samples[0], flags.babi_dir, flags.seed)
     for number, sample in enumerate(samples, 1):
         question = sample.questions[0]
-        try:
-            pieces = hide_facts(sample, encoding, flags.length, noise, rng, flags.facts_in)
-        except TooLong as error:
-            raise BadInput(f"{error}; use a larger --length or a wider --facts_in") from None
+        pieces = hide_facts(sample, encoding, flags.length, noise, rng)
         n_tokens = len(encode_questions(sample, encoding)[0]) + sum(len(t) for _, t in pieces)
         print(f"--- {flags.task}, sample {number}: {n_tokens} tokens, {len(sample.facts)} facts")
         for fact, tokens in pieces:
@@ -1265,9 +1238,9 @@ def print_scores(flags):
     samples = {task: samples_of(task, max(flags.samples), flags.babi_dir, flags.seed)
                for task in tasks}
     print(f"{path}: stories {flags.babi_dir or 'generated'}, noise {flags.noise or 'built in'}, "
-          f"seed {flags.seed}, facts in {flag_text(flags.facts_in)} of the context")
+          f"seed {flags.seed}")
     cells = score_table(model, encoding, samples, dict(zip(flags.lengths, counts)), noise,
-                        flags.seed, flags.retrieve, flags.facts_in)
+                        flags.seed, flags.retrieve)
     if flags.csv:
         write_csv(flags.csv, cells, cells[0])
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import babilong_tiny as babi
 from babilong_tiny import flag
-from lm2 import LM2, BadInput, LM2Config, check_tensors, load_checkpoint
+from lm2 import LM2, BadInput, LM2Config, load_checkpoint
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Flags:
     task: str = flag("qa1", "bAbI task to learn, several (qa1,qa6), or all")
     noise: str = flag("", "texts to hide the facts in, instead of the built-in noise: a.txt,b.txt")
     data: str = flag("", "a text file to learn instead of a task")
-    tokenizer: str = flag("words", "words, a name tiktoken knows such as gpt2, or a tiktoken file")
+    tokenizer: str = flag("words", "words, or a name tiktoken knows such as gpt2")
     out: str = flag("out", "folder for the checkpoint and the log")
     resume: bool = flag(False, "go on from the checkpoint in the folder --out, with its flags")
     # the model, see LM2Config
@@ -66,6 +66,7 @@ class Flags:
     questions: int = flag(4, "questions at the end of a training sample", 1)
     asides: float = flag(1.0, "largest share of a story's facts with a question by the way", 0, 1)
     threshold: float = flag(0.9, "way from chance to all right that moves a task on", 0, 1)
+    halve: float = flag(1.0, "part of the steps after which segments are half as long", 0, 1)
     keep: float = flag(1.0, "weight of the banks' mean change in the loss, while it cools down", 0)
     lr: float = flag(2e-3, "AdamW learning rate (all but the matrices inside blocks)", 0, 100)
     muon_lr: float = flag(1e-2, "Muon learning rate (matrices inside blocks)", 0, 100)
@@ -107,10 +108,7 @@ elif os.path.exists(ckpt_path):
                    "or remove it")
 
 # under torchrun this is one of `world` processes, each with its share of every batch
-try:
-    world, rank = (int(os.environ.get(*name)) for name in (("WORLD_SIZE", 1), ("RANK", 0)))
-except ValueError:
-    raise BadInput("WORLD_SIZE and RANK must be numbers: unset them, or use torchrun") from None
+world, rank = (int(os.environ.get(*name)) for name in (("WORLD_SIZE", 1), ("RANK", 0)))
 if not 0 < world <= flags.batch_size:
     raise BadInput(f"{world} processes need a --batch_size of at least as much")
 if rank:
@@ -194,8 +192,7 @@ def prepare(step):
 
     tokens (b, T); of its b * T positions the n scored ones, `at`, what to say there, `answers`, and
     their `weights` in the loss; which of these n begin an answer, `first`, and the task of each of
-    those, `task_of`. Then the number of tokens in all rows, and how many rows and how many answers
-    each task has in them.
+    those, `task_of`. Then the number of tokens in all rows, and each task's rows and answers there.
     """
     tokens, targets, task_of_row = (curriculum.batch if curriculum else text_batch)(step)
     scored = targets >= 0                                                           # (B, T)
@@ -229,6 +226,12 @@ state = {"step": 0, "seconds": 0.0, "flags": asdict(flags), "text": texts,  # of
          "stage": curriculum.stage if curriculum else {},
          "running": curriculum.running if curriculum else {}}
 changes, gates = [], {}     # filled by hooks: each bank's in this step; {gate: [means]} to log
+
+
+def fitted(weights, size):
+    """Weights for segments of `size` tokens: `position` keeps its last columns, or gets some of 0."""
+    return {name: F.pad(weight, (size - weight.size(-1), 0)) if name.endswith("position") else weight
+            for name, weight in weights.items()}
 
 
 class Scorer(torch.nn.Module):
@@ -269,9 +272,9 @@ if world > 1:  # averages the gradients of all processes
 
 if checkpoint:
     saved = checkpoint["train"]
+    config.block_size = checkpoint["config"]["block_size"]
     try:
-        check_tensors(checkpoint["model"], model.state_dict())
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(fitted(checkpoint["model"], flags.block_size))
         for optimizer, its_state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(its_state)
         state |= {"step": int(saved["step"]), "seconds": float(saved["seconds"])}
@@ -293,16 +296,11 @@ def save():
     """Write the checkpoint to the side and move it into place: a crash leaves the old one whole."""
     tokens = [encoding.decode_single_token_bytes(i).decode("latin-1")
               for i in range(encoding.n_vocab)]
-    data = {"config": asdict(config), "model": model.state_dict(),
+    data = {"config": asdict(config), "model": fitted(model.state_dict(), config.block_size),
             "tokenizer": {"pattern": encoding._pat_str, "tokens": tokens},
             "train": state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}}
-    try:
-        with babi.replaced(ckpt_path, "wb") as file:
-            torch.save(data, file)
-    except (OSError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise BadInput(f"{ckpt_path} cannot be written ({why}); the one from before, if there is "
-                       "one, is whole: make room and --resume") from None
+    with babi.replaced(ckpt_path, "wb") as file:
+        torch.save(data, file)
 
 
 def log(seconds):
@@ -358,7 +356,8 @@ print(f"device {device}, {torch.get_num_threads()} threads, {'bfloat16' if nativ
 print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary "
       f"{config.vocab_size}, memory {config.memory}")
 print(f"{flags.data or flags.task}: {flags.steps} steps, contexts of up to "
-      f"{flags.window if flags.data else flags.context} tokens in segments of {flags.block_size}")
+      f"{flags.window if flags.data else flags.context} tokens in segments of {flags.block_size}"
+      + (f", after step {flags.halve * flags.steps:.0f} half of it" if flags.halve < 1 else ""))
 
 stop = []
 signal.signal(signal.SIGINT, lambda *_: stop.append(True))      # Ctrl-C: end after this step
@@ -369,6 +368,8 @@ coming = maker.submit(prepare, state["step"])
 while state["step"] < flags.steps and not stopped:
     batch, count, rows_in, asked_in = coming.result()
     tokens, at, answers, weights, first, task_of = (x.to(device) for x in batch.values())
+    if state["step"] >= flags.halve * flags.steps:
+        config.block_size = max(1, flags.block_size // 2)
     share = rate(state["step"])
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -2,14 +2,12 @@
 
     OMP_NUM_THREADS=1 python -m results.bench   # on one CPU core; without it on all
     python -m results.bench --quick             # in seconds, to see whether it runs
-    python -m results.bench --run=out           # and how many kernels a run of train.py launched
 
 It reads 1,000,000 tokens: speed and the process's memory stay as they were. It generates after 100
 tokens and many more, with LM2's memory and with attention over all of them. It trains LM2 and the
 rival RMT beside vanilla at 4 and 64 segments, in turn, every token scored. The sizes are those of
 `python train.py`, the weights random: speed does not depend on them.
 """
-import os
 import statistics
 import sys
 import time
@@ -22,12 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import babilong_tiny as babi
 from babilong_tiny import flag
-from lm2 import LM2, BadInput, LM2Config, load_checkpoint
+from lm2 import LM2, LM2Config
 
 
 @dataclass
 class Flags:
-    run: str = flag("", "folder of a run of train.py, whose kernels to count as well")
     quick: bool = flag(False, "tiny settings, to see whether it runs")
     device: str = flag("cpu", "auto, cpu, cuda or mps")
 
@@ -169,41 +166,10 @@ def bench_training(config, device, segments, rounds):
                                      shares_of_parts(*arms["LM2"]).items()))
 
 
-def bench_run(folder, checkpoint, device, every=10):
-    """Replay the curriculum of a run from its log, each `every`-th step, and count kernels."""
-    saved, (model, encoding) = checkpoint["train"]["flags"], LM2.load(checkpoint, device)
-    log = babi.read_csv(os.path.join(folder, "log.csv"), ("step",))
-    noise = babi.load_noise(saved["noise"], encoding, 0)
-    curriculum = babi.Curriculum(babi.parse_tasks(saved["task"]), encoding, noise,
-                                 SimpleNamespace(**saved))
-    shapes = Counter()
-    for step in range(0, saved["steps"], every):
-        before = [row for row in log if int(row["step"]) <= step]
-        if before:
-            curriculum.stage = {task: int(before[-1][f"{task}_stage"]) for task in curriculum.tasks}
-        shapes[curriculum.batch(step)[0].shape] += every
-    kernels, optimizers = {}, model.train().optimizer()
-    for shape in shapes:
-        tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        for _ in range(2):      # optimizers make their state in the first
-            with Kernels() as counted:
-                step(model, optimizers, tokens)
-        kernels[shape] = counted.count
-    print(f"\n{folder}: {len(shapes)} shapes; segments: about so many steps, kernels in one")
-    print("; ".join(f"{length // model.config.block_size}: {count}, {kernels[rows, length]:,}"
-                    for (rows, length), count in sorted(shapes.items(), key=lambda s: s[0][1])))
-    print(f"in all {sum(count * kernels[shape] for shape, count in shapes.items()) / 1e6:.2f} "
-          "million kernels")
-
-
 def main():
     babi.install_error_hook()
     flags = babi.parse_flags(Flags(), __doc__)
     device = torch.device(babi.find_device(flags.device))
-    if flags.run:
-        checkpoint = load_checkpoint(os.path.join(flags.run, "ckpt.pt"))
-        if checkpoint["train"]["flags"]["data"]:
-            raise BadInput(f"--run={flags.run}: it learned a text, by no curriculum to replay")
     torch.manual_seed(0)
     config = LM2Config(babi.word_encoding().n_vocab)
     model = LM2(config).to(device).eval()
@@ -212,8 +178,6 @@ def main():
     bench_reading(model, 20_000 if flags.quick else 1_000_000)
     bench_generation(model, (10, 300) if flags.quick else (100, 10_000, 100_000),
                      5 if flags.quick else 100)
-    if flags.run:
-        bench_run(flags.run, checkpoint, device)
     for segments in (1, 2) if flags.quick else (4, 64):
         bench_training(config, device, segments, 2 if flags.quick else 9)
 

@@ -21,7 +21,6 @@ import babilong_tiny as babi
 from babilong_tiny import flag
 from lm2 import LM2, BadInput, LM2Config, load_checkpoint
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIVERGED = 3  # train.py's exit status
 
 
@@ -87,7 +86,7 @@ def arms(study, flags):
 def call(script, *given):
     """Run a script of ours to its end, said in full; its exit status."""
     print("python", script, *given, flush=True)
-    code = subprocess.run([sys.executable, os.path.join(HERE, script), *given]).returncode
+    code = subprocess.run([sys.executable, script, *given]).returncode
     if code not in (0, DIVERGED):
         sys.exit(code)
     return code
@@ -101,8 +100,6 @@ def run_arm(name, seed, given, flags):
     if call("train.py", *given, "--proof=0", f"--out={out}", *begun) == DIVERGED:
         return []
     trained = load_checkpoint(path)
-    if trained["train"]["step"] < trained["train"]["flags"]["steps"]:
-        raise KeyboardInterrupt     # it was stopped
     about = {"arm": name, "seed": seed, "seconds": round(trained["train"]["seconds"]),
              "parameters": sum(p.numel() for p in trained["model"].values())}
     if flags.data:

@@ -60,8 +60,6 @@ def study(model, encoding):
         return tokens[:size]
 
     first, second, third = segment(OLD, OTHER), segment(NEW), segment()
-    if len(encoding.encode_ordinary(f" {OLD} {OTHER}")) > size:
-        raise BadInput(f"the study's facts do not fit into a segment of {size} tokens")
     shares, answers = {}, {}
     for question in QUESTIONS:
         asked = encoding.encode_ordinary(f" {question}")
