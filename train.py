@@ -120,13 +120,12 @@ if world > 1:
         raise BadInput(f"{world} processes need as many CUDA devices, or --device=cpu")
     if device_type == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     except (ValueError, RuntimeError):
         raise BadInput("WORLD_SIZE is set, but the processes do not find each other; begin them "
                        "with torchrun") from None
-if device.startswith("cuda:"):
-    torch.cuda.set_device(device)
 # bfloat16 where a GPU computes in it, float32 elsewhere
 native = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 autocast = torch.autocast(device_type, torch.bfloat16, enabled=native)
