@@ -1,7 +1,7 @@
 """Teach an LM2 to use its memory, and prove that it does.
 
     python train.py                          # some minutes on a CPU core; ends in the proof
-    python train.py --task=qa1,qa2 --n_layer=3 --questions=8 --out=out-qa2
+    python train.py --task=qa1,qa2 --n_layer=3 --questions=8 --keep=0.1 --halve=0.5 --out=out-qa2
     python train.py --data=book.txt --out=out-book      # any text instead of stories
     python train.py --resume                 # go on exactly where a stopped run was
     python train.py --resume --steps=5000    # the same, but to another end
