@@ -590,7 +590,8 @@ def hide_facts(sample, encoding, length=0, noise=None, rng=None, facts_in=(0.0, 
     gaps = [gap for gap, offset in enumerate(offsets) if low <= offset <= high - n_facts]
     if not gaps:
         raise TooLong(f"{n_facts} tokens of facts do not fit between sentences of the part "
-                      f"{facts_in[0]:g} to {facts_in[1]:g} of {length} tokens of context; use a larger --length")
+                      f"{facts_in[0]:g} to {facts_in[1]:g} of {length} tokens of context; use a "
+                      "larger --length")
     places = sorted(rng.choices(gaps, k=len(facts)))
     for place, fact in zip(reversed(places), reversed(facts)):  # from the end: gaps stay in place
         pieces.insert(place, fact)

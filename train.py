@@ -228,7 +228,7 @@ changes, gates = [], {}     # filled by hooks: each bank's in this step; {gate: 
 
 
 def fitted(weights, size):
-    """Weights for segments of `size` tokens: `position` keeps its last columns or gets some of 0."""
+    """Weights for segments of `size` tokens: `position` keeps its last columns or gets zeros."""
     return {name: F.pad(p, (size - p.size(-1), 0)) if name.endswith("position") else p
             for name, p in weights.items()}
 
