@@ -1362,11 +1362,14 @@ def test_segments_are_half_as_long_from_where_halve_says(tmp_path, monkeypatch):
         sizes.append(x.size(-2))
         return attention(write, x)
 
-    sizes, flags = [], [*TINY, "--n_layer=1", "--steps=4", "--halve=0.5", f"--out={tmp_path}"]
+    sizes, names = [], {}
+    flags = [*TINY, "--n_layer=1", "--steps=4", "--halve=0.5", f"--out={tmp_path}"]
     monkeypatch.setattr(MemoryWrite, "attention", noted)
-    assert "after step 2 half of it" in run("train.py", *flags) and sizes == [64, 64, 32, 32]
+    assert "after step 2 half of it" in run("train.py", *flags, into=names)
     model = LM2.load(tmp_path / "ckpt.pt")[0]
-    assert model.config.block_size == model.blocks[0].write.position.size(1) == 32
+    assert sizes == [64, 64, 32, 32] and model.config.block_size == 32
+    saved, learned = (m.blocks[0].write.position for m in (model, names["model"]))
+    assert torch.equal(saved, learned[:, 32:]) and saved.abs().min() > 0
     run("train.py", "--resume", "--proof=1", f"--out={tmp_path}")
     assert len(sizes) > 4 and max(sizes[4:]) == 32
 
@@ -1399,7 +1402,7 @@ spawn = partial(subprocess.run, cwd=HERE, text=True, capture_output=True)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_killed_again_and_again_a_run_ends_with_the_very_same_weights(tmp_path):
-    flags = [*TINY, "--task=qa1,qa7", "--steps=120", "--save_every=3", "--halve=0.4"]
+    flags = [*TINY, "--task=qa1,qa7", "--steps=120", "--save_every=3", "--halve=0.1"]
     run("train.py", *flags, f"--out={tmp_path}/whole")
     done = spawn([sys.executable, "-c", KILLER, *flags, f"{tmp_path}/killed"])
     assert 246 <= done.returncode <= 252, done.stderr   # killed ten times, or four at least
