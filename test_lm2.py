@@ -1447,11 +1447,11 @@ BAD = {     # what the complaint names, where it is not the last flag; %20 stand
 --n_embd=100000000 -> n_embd; --memory=lstm; --device=tpu; --task=qa1,qa99 -> qa99
 --data=nowhere.txt -> nowhere.txt; --data={bad} -> irectory; --data={bad}/noise.bin -> UTF-8
 --data={bad}/short.txt -> short.txt; --task=qa2 --data={bad}/facts.txt; --tokenizer=nope -> nope
---noise={bad}/short.txt -> 0 sentences; --tokenizer={bad}/no -> no tokenizer
+--noise={bad}/short.txt -> 0 sentences; --tokenizer={bad}/noise.bin -> noise.bin
 --out={bad}/short.txt -> short.txt; --out={bad}/log -> log.csv; --out={bad}/cut -> --resume
 --resume --out={bad} -> no checkpoint; --resume --out={bad}/cut -> cut short
 -x; --no-steps; --steps=--; --lr=1e999; --out={tiny} --resume --n_layer=3
-WORLD_SIZE=99 -> 99""",
+WORLD_SIZE=; WORLD_SIZE=x; WORLD_SIZE=99 -> 99; RANK=x""",
     "babilong_tiny.py": """
 --task=qa99; --length=12; --babi_dir={bad} -> line 2; --babi_dir=no -> no
 --noise={bad}/facts.txt -> 0 sentences; --ckpt={bad}/cut/ckpt.pt -> cut short

@@ -3,8 +3,7 @@
     python train.py                          # some minutes on a CPU core; ends in the proof
     python train.py --task=qa1,qa2 --n_layer=3 --questions=8 --keep=0.1 --halve=0.5 --out=out-qa2
     python train.py --data=book.txt --out=out-book      # any text instead of stories
-    python train.py --resume                 # go on exactly where a stopped run was
-    python train.py --resume --steps=5000    # the same, but to another end
+    python train.py --resume                 # exactly on; with --steps=5000 to another end
     torchrun --nproc_per_node=2 train.py     # each batch shared by two processes
 
 The file reads from top to bottom: flags, set-up, data, model, the loop, the proof. Ctrl-C saves
@@ -108,9 +107,10 @@ elif os.path.exists(ckpt_path):
                    "or remove it")
 
 # under torchrun this is one of `world` processes, each with its share of every batch
-world, rank = (int(os.environ.get(*name)) for name in (("WORLD_SIZE", 1), ("RANK", 0)))
-if not 0 < world <= flags.batch_size:
-    raise BadInput(f"{world} processes need a --batch_size of at least as much")
+world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+if not (world.isdecimal() and rank.isdecimal() and 0 < int(world) <= flags.batch_size):
+    raise BadInput(f"WORLD_SIZE={world}, RANK={rank}: unset them, or torchrun with a larger --batch_size")
+world, rank = int(world), int(rank)
 if rank:
     sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
 device = babi.find_device(flags.device)
