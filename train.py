@@ -109,7 +109,7 @@ elif os.path.exists(ckpt_path):
 # under torchrun this is one of `world` processes, each with its share of every batch
 world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
 if not (world.isdecimal() and rank.isdecimal() and 0 < int(world) <= flags.batch_size):
-    raise BadInput(f"WORLD_SIZE={world}, RANK={rank}: unset them, or torchrun with a larger --batch_size")
+    raise BadInput(f"WORLD_SIZE={world}, RANK={rank}: unset them, or raise --batch_size")
 world, rank = int(world), int(rank)
 if rank:
     sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
