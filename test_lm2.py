@@ -1795,8 +1795,8 @@ def test_a_comparison_counts_weights_as_train_py_makes_them():
 
 
 def test_a_comparison_runs_every_arm_once_and_leaves_out_what_diverges(tmp_path, monkeypatch):
-    flags = ["memory", "--seeds=7", "--lengths=0,256", "--samples=4,4", f"--out={tmp_path}",
-             "--device=cpu", "--", "--steps=3", "--n_layer=1", *TINY[:5]]
+    flags = ["memory", "--seeds=7", "--score=--lengths=0,256 --samples=4,4 --device=cpu",
+             f"--out={tmp_path}", " ".join(["--train=--steps=3 --n_layer=1", *TINY])]
     ran, lost, real = [], "no arm", subprocess.run
 
     def process(command, **kwargs):

@@ -1,15 +1,15 @@
 """Train several models alike and score them side by side: one table, one CSV, one picture.
 
-    python -m results.compare memory                # LM2, its rivals, and rivals as large
-    python -m results.compare parts --task=qa1,qa2  # LM2 without one part after another
-    python -m results.compare text --data=book.txt  # bits per byte of plain text
-    python -m results.compare memory --seeds=0 -- --steps=500 --n_layer=3   # flags of every arm
+    python -m results.compare memory                            # LM2, its rivals, rivals as large
+    python -m results.compare parts --train="--task=qa1,qa2 --n_layer=3"    # LM2 without a part
+    python -m results.compare text --train="--data=book.txt"    # bits per byte of plain text
 
-Every arm is a run of train.py, which is printed, then of babilong_tiny.py. What is done already is
-not done again, so a stopped comparison goes on where it was; an arm whose loss is no longer a
-number is left out and named. All runs lie in the folder --out.
+Every arm is a run of train.py with the flags --train, then of babilong_tiny.py with --score; both
+are printed. What is done already is not done again, so a stopped comparison goes on where it was;
+an arm whose loss is no longer a number is left out and named. All lies in the folder --out.
 """
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,18 +24,17 @@ from lm2 import LM2, BadInput, LM2Config, load_checkpoint
 DIVERGED = 3  # train.py's exit status
 
 
+def words(text):
+    return tuple(shlex.split(text))
+
+
 @dataclass
 class Flags:
-    task: str = flag("qa1", "task of all arms")
-    data: str = flag("", "the text of `text`")
+    train: words = flag("", "flags of train.py for every arm")
+    score: words = flag("--lengths=0,1k,4k,16k,64k --samples=500,200,200,100,50",
+                        "flags of babilong_tiny.py for every arm")
     seeds: babi.token_counts = flag((0, 1, 2), "seeds that every arm gets")
-    lengths: babi.token_counts = flag(tuple(1024 * n for n in (0, 1, 4, 16, 64)),
-                                      "tokens of context that arms are scored at: 0,1k,4k")
-    samples: babi.token_counts = flag((500, 200, 200, 100, 50), "questions at each of the lengths")
-    babi_dir: str = flag("", "folder of real bAbI files to score on")
-    noise: str = flag("", "texts to hide the facts in when scored: a.txt,b.txt")
     out: str = flag("", "folder of the runs (out-STUDY)")
-    device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
 def settings(flags):
@@ -61,38 +60,39 @@ def matched(changes, flags):
 
 
 def arms(study, flags):
-    """{name: flags of train.py that differ} of the models of a study; `flags` all have."""
+    """Yields (name, flags of train.py that differ) of the models of a study; `flags` all have."""
+    yield "LM2", []     # first: train.py says what is wrong with `flags`
     layers = int(settings(flags).get("n_layer", 2))
-    vanilla, rmt = ["--memory=none"], ["--memory=rmt"]
-    depths = {f"memory in the first {k}": [f"--memory_layers={k}"]
-              for k in dict.fromkeys((layers // 2, 1)) if 0 < k < layers}
     if study == "memory":
-        return {"LM2": [], "RMT": rmt, "RMT, as many weights": matched(rmt, flags),
-                "vanilla": vanilla, "vanilla, as many weights": matched(vanilla, flags),
-                "vanilla, full window": [*vanilla, "--block_size=4096"]}
+        yield "RMT", ["--memory=rmt"]
+        yield "RMT, as many weights", matched(["--memory=rmt"], flags)
+        yield "vanilla, full window", ["--memory=none", "--block_size=4096"]
     if study == "parts":
-        off = {"no output gate": "output_gate", "no input gate": "input_gate",
-               "no forget gate": "forget_gate", "plain sigmoids": "hard_gates",
-               "no slot addresses": "address"}
-        return {"LM2": [], **{name: [f"--no-{part}"] for name, part in off.items()},
-                "gates that see news alone": ["--no-gates_see_bank"],
-                "banks may change": ["--keep=0"], "no local mixer": ["--conv=0"],
-                **{f"{n} slots": [f"--memory_slots={n}"] for n in (1, 4, 64)},
-                **depths, "memory in no block": vanilla}
-    return {"LM2": [], **depths, "vanilla": vanilla,
-            "vanilla, as many weights": matched(vanilla, flags)}
+        for name, change in {
+                "no output gate": "--no-output_gate", "no input gate": "--no-input_gate",
+                "no forget gate": "--no-forget_gate", "plain sigmoids": "--no-hard_gates",
+                "no slot addresses": "--no-address", "banks may change": "--keep=0",
+                "gates that see news alone": "--no-gates_see_bank", "no local mixer": "--conv=0",
+                **{f"{n} slots": f"--memory_slots={n}" for n in (1, 4, 64)}}.items():
+            yield name, [change]
+    if study != "memory":
+        for k in dict.fromkeys(k for k in (layers // 2, 1) if 0 < k < layers):
+            yield f"memory in the first {k}", [f"--memory_layers={k}"]
+    yield "vanilla", ["--memory=none"]
+    if study != "parts":
+        yield "vanilla, as many weights", matched(["--memory=none"], flags)
 
 
 def call(script, *given):
     """Run a script of ours to its end, said in full; its exit status."""
-    print("python", script, *given, flush=True)
+    print(shlex.join(["python", script, *given]), flush=True)
     code = subprocess.run([sys.executable, script, *given]).returncode
     if code not in (0, DIVERGED):
         sys.exit(code)
     return code
 
 
-def run_arm(name, seed, given, flags):
+def run_arm(study, name, seed, given, flags):
     """Train and score one arm, unless that is done: its cells of the table, or none if diverged."""
     out = os.path.join(flags.out, f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
     path = os.path.join(out, "ckpt.pt")
@@ -102,20 +102,20 @@ def run_arm(name, seed, given, flags):
     trained = load_checkpoint(path)
     about = {"arm": name, "seed": seed, "seconds": round(trained["train"]["seconds"]),
              "parameters": sum(p.numel() for p in trained["model"].values())}
-    if flags.data:
+    if study == "text":
         rows = babi.read_csv(os.path.join(out, "log.csv"), ("step", "bits_per_byte"))
         return [about | {"task": "text", "at": int(row["step"]),
                          "value": float(row["bits_per_byte"])} for row in rows]
     cells = []
-    for kind, n in (("", 0), (", retrieval", 5)) if name == "vanilla" else (("", 0),):
+    retrieves = study == "memory" and name == "vanilla"
+    for kind, n in {"": 0, ", retrieval": 5}.items() if retrieves else {"": 0}.items():
         scores = os.path.join(out, f"scores{kind[2:]}.csv")
         if not os.path.exists(scores):
             call("babilong_tiny.py", f"--ckpt={path}", f"--retrieve={n}", f"--csv={scores}",
-                 *(f"--{key}={babi.flag_text(getattr(flags, key))}"
-                   for key in ("lengths", "samples", "babi_dir", "noise", "device")))
-        for row in babi.read_csv(scores, ("task", "tokens", "accuracy")):
-            cells.append(about | {"arm": name + kind, "task": row["task"], "at": int(row["tokens"]),
-                                  "value": float(row["accuracy"])})
+                 *flags.score)
+        cells += [about | {"arm": name + kind, "task": row["task"], "at": int(row["tokens"]),
+                           "value": float(row["accuracy"])}
+                  for row in babi.read_csv(scores, ("task", "tokens", "accuracy"))]
     return cells
 
 
@@ -172,22 +172,17 @@ def draw(path, panels):
 
 def main():
     babi.install_error_hook()
-    border = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    argv, extra = sys.argv[1:border], sys.argv[border + 1:]
-    study = argv.pop(0) if argv and not argv[0].startswith("-") else ""
-    flags = babi.parse_flags(Flags(), __doc__, argv)
+    study = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1][:1] != "-" else ""
+    flags, cells, lost = babi.parse_flags(Flags(), __doc__), [], []
     if study not in ("memory", "parts", "text"):
         raise BadInput("say what to compare: memory, parts or text (see --help)")
-    if bool(flags.data) != (study == "text"):
-        raise BadInput("`text` needs --data=book.txt, and the others have none")
+    if ("data" in settings(flags.train)) != (study == "text"):
+        raise BadInput("`text` needs --train=--data=book.txt, and the others have no --data")
     flags.out = flags.out or f"out-{study}"
-    common = [f"--data={flags.data}" if flags.data else f"--task={flags.task}",
-              f"--device={flags.device}", *extra]
-    cells, lost = [], []
     for seed in dict.fromkeys(flags.seeds):
-        for name, changes in arms(study, common).items():
+        for name, changes in arms(study, flags.train):
             print(f"\n{name}, seed {seed}")
-            found = run_arm(name, seed, [*common, *changes, f"--seed={seed}"], flags)
+            found = run_arm(study, name, seed, [*flags.train, *changes, f"--seed={seed}"], flags)
             cells += found
             lost += [] if found else [f"{name}, seed {seed}"]
         report(cells, lost, os.path.join(flags.out, study))
