@@ -186,25 +186,24 @@ def load_memory(model, path):
 class Recorder:
     """Looks on, as a context, while a model reads a document in one or many calls; changes nothing.
 
-    `segments` gets a dictionary for each segment (the last `keep` of them), with its "number",
-    "tokens" (T) and, as a list over blocks with memory,
+    `segments` gets a dictionary for each segment (those of the last `keep` tokens), with its
+    "number", "tokens" (T) and, as a list over blocks with memory,
         "read"    (T, N)  attention of its tokens to the slots, as they were before it
         "again"   (T, N)  attention of the same tokens to the slots as they are after it
         "joined"  (T)     length of what so came to each token
-        "write"   (N, T)  attention of the slots to its tokens, times the mean input gate
-        "input", "forget" (N), "output" (T): mean openness of the gates
-    `source`, of each block (N, 1 + tokens of the segments kept), traces what the slots hold to the
-    tokens it was written from, with what was forgotten taken away; the first column stands for all
-    that was read before these. `before` is the same as the last segment found it.
+        "found"   (N, T)  attention of the slots to its tokens
+        "write"   (N, T)  the same times the mean input gate
+        "input", "forget" (N, d), "output" (T): the gates; the last, its mean
     """
 
-    def __init__(self, model, keep=64, resumed=False):
+    def __init__(self, model, keep=2**12, resumed=False):
         """resumed: the memory that the model begins with is not a fresh one."""
-        self.model, self.keep, self.resumed = model, keep, resumed
+        self.model, self.resumed = model, resumed
+        self.keep = max(1, keep // model.config.block_size)     # segments
         self.blocks = [block for block in model.blocks if block.write]
         self.segments, self.count = [], 0
-        self.source = [torch.full((model.config.memory_slots, 1), float(resumed))
-                       for _ in self.blocks]
+        size = model.config.memory_slots, model.config.n_embd
+        self.gone = [torch.full(size, float(resumed)) for _ in self.blocks]
 
     def __enter__(self):
         self.hooks = [self.model.embedding.register_forward_hook(self.saw_tokens)]
@@ -226,10 +225,9 @@ class Recorder:
 
     def saw_write(self, write, args, output):
         attention, (banks, bank) = write.attention(normed(args[0])), output     # (1, S, N, T)
-        gates = torch.stack(self.gates, dim=1).chunk(2, dim=-1)                 # (1, S, N, d) each
-        input_gate, forget_gate = (gate.mean(-1) for gate in gates)
-        self.written = {"write": attention * input_gate[..., None],
-                        "input": input_gate, "forget": forget_gate}             # (1, S, N)
+        input_gate, forget_gate = torch.stack(self.gates, dim=1).chunk(2, -1)   # (1, S, N, d) each
+        self.written = {"found": attention, "write": attention * input_gate.mean(-1, keepdim=True),
+                        "input": input_gate, "forget": forget_gate}
         self.gates, self.after = [], torch.cat((banks[:, 1:], bank[:, None]), dim=1)
 
     def saw_read(self, read, args, joined):
@@ -249,14 +247,26 @@ class Recorder:
 
     def add(self, tokens, found):
         self.count += 1
-        gone = 1 + len(self.segments[0]["tokens"]) if len(self.segments) == self.keep else 1
         # new lists, not the old ones changed: /load keeps a shallow copy to go back to
         self.segments = [*self.segments, {"number": self.count, "tokens": tokens} | found]
-        self.segments = self.segments[-self.keep:]
-        self.before = [torch.cat((source[:, :gone].sum(1, keepdim=True), source[:, gone:]), dim=1)
-                       for source in self.source]
-        self.source = [torch.cat((source * forget[:, None], write), dim=1) for source, forget, write
-                       in zip(self.before, found["forget"], found["write"])]
+        if len(self.segments) > self.keep:
+            oldest, *self.segments = self.segments
+            self.gone = [opened * shares.sum(1, keepdim=True) + kept * gone
+                         for opened, shares, kept, gone in zip(
+                             oldest["input"], oldest["found"], oldest["forget"], self.gone)]
+
+    def source(self, block, until=None):
+        """(N, 1 + tokens): which tokens, of the segments kept up to number `until` of them, a
+        block's slots hold something of, and how much: the share they were found with, times the
+        input gate then and all forget gates since, a mean over channels. The first column stands
+        for all that was read before these."""
+        left, columns = 1.0, []
+        for segment in self.segments[:until][::-1]:
+            opened = (segment["input"][block] * left).mean(-1, keepdim=True)    # (N, 1)
+            columns.append(segment["found"][block] * opened)
+            left = segment["forget"][block] * left
+        columns.append((self.gone[block] * left).mean(-1, keepdim=True))
+        return torch.cat(columns[::-1], dim=1)
 
     def kept(self):
         """Tokens of the segments kept, in the order of the columns of `source`."""
@@ -269,8 +279,11 @@ def texts_of(encoding, tokens):
     return [printable(decode(encoding.decode_single_token_bytes(token))) for token in tokens]
 
 
-def held(recorder, texts, source, least):
-    """{phrase: share} of the two tokens that a slot holds most of, those of more than a share.
+LEAST = 0.05    # what is written, held or read less than this counts as nothing
+
+
+def held(recorder, texts, source):
+    """{phrase: share} of the two tokens that a slot holds most of.
 
     A phrase is a token and those before it in its sentence, at most seven. `source` (1 + tokens) is
     the slot's row, `texts` are those of the recorder's tokens.
@@ -279,7 +292,7 @@ def held(recorder, texts, source, least):
     for column in source.topk(min(2, len(source))).indices.tolist():
         text = "".join(texts[max(0, column - 7):column])
         phrase = re.split(r"[.?!] ", text)[-1].strip() or text.strip()
-        if source[column] > least:
+        if source[column] > LEAST:
             found[phrase if column else f"(text of {earlier})"] = float(source[column])
     return found
 
@@ -290,16 +303,19 @@ def mean_gates(segment, blocks=slice(None)):
 
 
 def show(encoding, recorder):
-    """Print the segments, tokens marked by how strongly a slot wrote them, and the last read."""
+    """Print the segments, their tokens marked by how strongly a slot wrote them, beside the
+    strongest of all, and what the last token read."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shades = (None, 254, 153, 117, 75, 33)  # light to dark: told apart without colour vision
     texts = texts_of(encoding, recorder.kept())
-    rest = iter(texts)
-    for segment in recorder.segments:
+    rest, written = iter(texts), [torch.stack(segment["write"]).amax(dim=(0, 1))
+                                  for segment in recorder.segments]
+    strongest = torch.cat(written).max().clamp(min=LEAST)
+    for segment, strengths in zip(recorder.segments, written):
         line, most = "", 0.0
-        for strength in torch.stack(segment["write"]).amax(dim=(0, 1)).tolist():
+        for strength in strengths.tolist():
             text, most = next(rest), max(strength, most)
-            level = min(5, int(6 * most))
+            level = min(5, int(6 * most / strongest))
             if text and colour and level:
                 text = f"\033[48;5;{shades[level]}m\033[30m{text}\033[0m"
             elif text and level > 2:
@@ -308,20 +324,19 @@ def show(encoding, recorder):
         print(f"segment {segment['number']} | mean gates {mean_gates(segment)}\n {line.strip()}")
     print("\nthe answer was read from (block, slot, attention, what the slot holds)")
     for i, read in enumerate(recorder.segments[-1]["read"]):
+        sources = recorder.source(i, until=-1)      # as the last segment found it
         for slot in read[-1].topk(min(3, read.size(1))).indices.tolist():
-            if read[-1][slot] > 0.05:
-                source = recorder.before[i][slot]
-                words = held(recorder, texts, source, least=0.05) or (
-                    ["a little of many words" if source.sum() > 0.05 else "nothing yet"])
+            if read[-1][slot] > LEAST:
+                words = held(recorder, texts, sources[slot]) or ["little of any word"]
                 print(f"  {i + 1}  {slot:2}  {read[-1][slot]:.2f}  {' | '.join(words)}")
 
 
 def show_memory(encoding, reader):
     """A line for each slot that holds something: block, slot, and the words it goes back to."""
     texts, lines = texts_of(encoding, reader.recorder.kept()), []
-    for i, source in enumerate(reader.recorder.source):
-        for slot, row in enumerate(source):
-            if words := held(reader.recorder, texts, row, least=0.1):
+    for i in range(len(reader.recorder.blocks)):
+        for slot, row in enumerate(reader.recorder.source(i)):
+            if words := held(reader.recorder, texts, row):
                 lines.append(f"  block {i + 1}, slot {slot:2}: " + " | ".join(
                     f"{text} ({share:.2f})" for text, share in words.items()))
     print("\n".join(lines) or (

@@ -41,8 +41,9 @@ def traced(recorder):
     Over all blocks, each weighted with the length of what it joined to the decoder.
     """
     last, total = recorder.segments[-1], 0.0
-    for i, source in enumerate(recorder.before):
-        total = total + last["joined"][i][-1] * (last["read"][i][-1] @ source[:, 1:])
+    for i in range(len(recorder.blocks)):
+        found = last["read"][i][-1] @ recorder.source(i, until=-1)[:, 1:]
+        total = total + last["joined"][i][-1] * found
     return total / total.sum().clamp(min=1e-9)
 
 
@@ -71,7 +72,7 @@ def study(model, encoding):
                 reader.read(second)
                 if bank == "bank frozen":
                     reader.memory = reader.memory._replace(banks=frozen)
-                    reader.recorder.source = reader.recorder.before
+                    del reader.recorder.segments[-1]
             prompt = third[:size - len(asked)] + asked
             said = encoding.decode(reader.generate(prompt, 2, temperature=0))
             answers[question, bank] = babi.printable(said.split(".")[0].strip())
