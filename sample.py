@@ -256,10 +256,10 @@ class Recorder:
                              oldest["input"], oldest["found"], oldest["forget"], self.gone)]
 
     def source(self, block, until=None):
-        """(N, 1 + tokens): which tokens, of the segments kept up to number `until` of them, a
-        block's slots hold something of, and how much: the share they were found with, times the
-        input gate then and all forget gates since, a mean over channels. The first column stands
-        for all that was read before these."""
+        """(N, 1 + tokens): how much a block's slots hold of each token of the segments kept, those
+        up to number `until` of them: the share it was found with, times the input gate then and
+        all forget gates since, a mean over channels. The first column stands for all that was read
+        before. (A row may have a sum above 1, as gates do that add without forgetting.)"""
         left, columns = 1.0, []
         for segment in self.segments[:until][::-1]:
             opened = (segment["input"][block] * left).mean(-1, keepdim=True)    # (N, 1)
