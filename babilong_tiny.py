@@ -79,56 +79,38 @@ Question = namedtuple("Question", "text answer support")
 Sample = namedtuple("Sample", "facts questions asides", defaults=({},))
 
 
-class World:
-    """Who is where and who holds what. Where all starts is random and hidden from the reader."""
+def step(task, place, rng):
+    """Draw person, action and argument until one is possible; do it and return the `Fact`.
 
-    def __init__(self, task, rng):
-        self.rng, self.task = rng, task
-        self.place = {name: rng.choice(task.places) for name in task.people + OBJECTS}
-        self.holder = {thing: None for thing in OBJECTS}
-
-    def step(self):
-        """Draw person, action and argument until one is possible; do it and return the `Fact`."""
-        while True:
-            person, action = self.rng.choice(self.task.people), self.rng.choice(self.task.actions)
-            fact = (self.move if action in MOVES else self.touch)(person, action)
-            if fact:
-                return fact
-
-    def move(self, person, action):
-        """Go to another place, told in one of four ways: to it, in it, not in the old, either."""
-        old, new = self.place[person], self.rng.choice(self.task.places)
-        if new == old:
-            return None  # nobody moves to where he is
-        self.place[person] = new
-        if action == "either":
-            pair = [new, self.rng.choice(self.task.places)]  # now and then the same place twice
-            self.rng.shuffle(pair)
-            return self.fact(action, person, *pair)
-        return self.fact(action, person, old if action == "not" else new)
-
-    def touch(self, person, action):
-        """Get an object that lies here, drop one, or give one to somebody here."""
-        here = self.place[person]
-        if action == "get":
-            things = [t for t in OBJECTS if not self.holder[t] and self.place[t] == here]
-        else:
-            things = [t for t in OBJECTS if self.holder[t] == person]
-        others = [p for p in self.task.people if p != person and self.place[p] == here]
-        if not things or action == "give" and not others:
-            return None
-        thing = self.rng.choice(things)
-        receiver = self.rng.choice(others) if action == "give" else ""
-        self.holder[thing] = {"get": person, "drop": None, "give": receiver}[action]
-        self.place[thing] = here  # while carried this grows stale, and nobody looks
-        return self.fact(action, person, thing, receiver)
-
-    def fact(self, action, person, thing, other=""):
-        there = action in ("get", "drop") and self.rng.random() < (
-            self.task.there if action == "get" else 0.2)
-        text = self.rng.choice(SENTENCES[action])
+    `place` is where people and objects are, an object that is held with the name of who holds it.
+    """
+    while True:
+        person, action = rng.choice(task.people), rng.choice(task.actions)
+        here, other = place[person], ""
+        if action in MOVES:
+            thing = rng.choice(task.places)
+            if thing == here:
+                continue  # nobody moves to where he is
+            place[person] = thing
+            if action == "either":
+                pair = [thing, rng.choice(task.places)]  # now and then the same place twice
+                rng.shuffle(pair)
+                thing, other = pair
+            elif action == "not":
+                thing = here
+        else:  # get an object that lies here, drop one, or give one to somebody here
+            things = [t for t in OBJECTS if place[t] == (here if action == "get" else person)]
+            others = [p for p in task.people if p != person and place[p] == here]
+            if not things or action == "give" and not others:
+                continue
+            thing = rng.choice(things)
+            other = rng.choice(others) if action == "give" else ""
+            place[thing] = {"get": person, "drop": here, "give": other}[action]
+        there = {"get": task.there, "drop": 0.2}.get(action)    # how often it ends so
+        there = " there" if there and rng.random() < there else ""
+        text = rng.choice(SENTENCES[action])
         return Fact(action, person, thing, other, text.format(
-            person=person, thing=thing, other=other, there=" there" if there else ""))
+            person=person, thing=thing, other=other, there=there))
 
 
 # --------------------------------------------------------------------------------------------
@@ -323,9 +305,10 @@ def tell(task, rng, max_facts=1000):
     """
     if task == "qa4":
         return relations(rng)
-    world, facts, asked, wanted = World(TASKS[task], rng), [], 0, rng.randint(1, 5)
+    place = {name: rng.choice(TASKS[task].places) for name in TASKS[task].people + OBJECTS}
+    facts, asked, wanted = [], 0, rng.randint(1, 5)
     while len(facts) + 2 <= max_facts and asked < wanted:
-        facts += [world.step(), world.step()]
+        facts += [step(TASKS[task], place, rng), step(TASKS[task], place, rng)]
         asked += any(askable(task, facts, rng))
     return facts
 
@@ -370,21 +353,23 @@ def make_sample(task, rng, n_questions=1, max_facts=1000, window=WINDOW, asides=
 def text_pieces(file, name, inside=False, size=2**16):
     """Yields the text of a binary file from where it stands, and holds one piece of it at a time.
 
-    A byte order mark is left out, and so is, `inside` of a text, the rest of a character that was
-    cut; line ends become "\\n". Raises BadInput where the text is not UTF-8.
+    Pieces end before a space or a line's end, so that no word is torn. A byte order mark is left out, and so is, `inside` of a text, the
+    rest of a character that was cut; line ends become "\\n". Raises BadInput where the text is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8" if inside else "utf-8-sig")()
     decode = io.IncrementalNewlineDecoder(decoder, translate=True).decode
-    chunk = file.read(size)
+    chunk, rest = file.read(size), ""
     if inside:
         chunk = re.sub(rb"\A[\x80-\xbf]{1,3}", b"", chunk)
     elif chunk[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in chunk[:2]:
         raise BadInput(f"{name} is a text in UTF-16; convert it first: iconv -f UTF-16 -t UTF-8")
     try:
         while chunk:
-            yield decode(chunk)
-            chunk = file.read(size)
-        yield decode(b"", final=True)
+            rest += decode(chunk)
+            cut = max(rest.rfind(" "), rest.rfind("\n"), 0) if len(rest) < 2**20 else len(rest)
+            yield rest[:cut]
+            rest, chunk = rest[cut:], file.read(size)
+        yield rest + decode(b"", final=True)
     except UnicodeDecodeError:
         raise BadInput(f"{name} is not a text in UTF-8; convert it first, if it is in Latin-1 by "
                        "iconv -f LATIN1 -t UTF-8") from None
@@ -638,14 +623,11 @@ def load_encoding(name, texts=()):
     """
     if name == "words":
         return word_encoding(texts)
-    if name not in tiktoken.list_encoding_names():
-        raise BadInput(f"no tokenizer {name!r}: use words or one of "
-                       f"{', '.join(tiktoken.list_encoding_names())}")
     try:
         known = tiktoken.get_encoding(name)
-    except Exception as error:  # whatever the network throws
-        raise BadInput(f"tiktoken could not download {name} ({type(error).__name__}); "
-                         "use --tokenizer=words, which needs no network") from None
+    except Exception as error:  # there is no such name, or whatever the network throws
+        raise BadInput(f"--tokenizer={name} cannot be had ({type(error).__name__}); use words, or "
+                       f"with a network {', '.join(tiktoken.list_encoding_names())}") from None
     # without special tokens, and numbered without holes
     return make_encoding(sorted(known._mergeable_ranks, key=known._mergeable_ranks.get),
                          known._pat_str)
@@ -729,7 +711,7 @@ class Curriculum:
         self.processes = processes      # each of them gets as many rows
         for task in tasks:  # found now, not when training is under way
             rng = random.Random(f"{flags.seed} {task}")
-            if not any(self.length(self.draw(rng, [task])[1]) <= self.UNIT for _ in range(50)):
+            if not any(self.draw(rng, [task])[2] <= self.UNIT for _ in range(50)):
                 raise BadInput(f"--questions={flags.questions}: the stories of {task} do not fit "
                                f"with so many into {self.UNIT} tokens, where training begins")
 
@@ -755,9 +737,9 @@ class Curriculum:
         ready = [task for task in self.tasks if self.stage[task] >= units]
         rows = []
         while len(rows) < rows_of(length, self.flags, self.processes):
-            task, sample = self.draw(rng, ready, max(4, length // 8))
+            task, sample, least = self.draw(rng, ready, max(4, length // 8))
             until = 1.0 if rng.random() < self.SPREAD else rng.uniform(0.4, 1.0)
-            spare = min(self.UNIT - 1, length - self.length(sample))
+            spare = min(self.UNIT - 1, length - least)
             behind = rng.randint(0, spare) if spare > 0 and rng.random() < self.BEHIND else 0
             with contextlib.suppress(TooLong):  # the next story may fit; __init__ saw some that do
                 rows.append((task, to_tokens(sample, self.encoding, length, self.noise, rng,
@@ -768,28 +750,24 @@ class Curriculum:
         """[(task, (tokens, targets))] as at 0K, which a mixture does not learn along: whole stories
         of all tasks, each about as long as the next, with noise behind, where it hides nothing."""
         drawn = [self.draw(rng, self.tasks) for _ in range(3 * self.flags.batch_size)]
-        drawn.sort(key=lambda story: self.length(story[1]))
+        drawn.sort(key=lambda story: story[2])
         end = rng.randint(self.flags.batch_size, len(drawn))
-        longest = self.length(drawn[end - 1][1])
-        length = -(-longest // self.UNIT) * self.UNIT
+        length = -(-drawn[end - 1][2] // self.UNIT) * self.UNIT     # that of the longest
         n_rows = rows_of(length, self.flags, self.processes)
         return [(task, to_tokens(sample, self.encoding, length, self.noise, rng,
-                                 behind=length - self.length(sample)))
-                for task, sample in drawn[end - n_rows:end]]
+                                 behind=length - least))
+                for task, sample, least in drawn[end - n_rows:end]]
 
     def draw(self, rng, tasks, most=1000):
-        """(a task, its story of at most so many facts, few in the first stages, and questions)."""
+        """(a task; a `Sample` of at most so many facts, few in the first stages; its tokens)."""
         # by what it gets wrong; half of its questions may be easier ones, on the way to it
         task = rng.choices(tasks, [0.05 + (1 - self.running[task]) * (2 if TASKS[task].along else 1)
                                    for task in tasks])[0]
         if self.stage[task] < 4:
             most = min(most, 4 * max(1, self.stage[task] - 1))
         window = rng.choice((WINDOW, None))  # bAbI's own rule, or about anything
-        return task, make_sample(task, rng, self.flags.questions, most, window, self.flags.asides)
-
-    def length(self, sample):
-        """Tokens of a sample without noise."""
-        return len(to_tokens(sample, self.encoding)[0])
+        sample = make_sample(task, rng, self.flags.questions, most, window, self.flags.asides)
+        return task, sample, len(to_tokens(sample, self.encoding)[0])
 
     def note(self, step, right, asked, rows):
         """Note how many answers were right in a step, how many were asked, and how many rows there
@@ -1050,15 +1028,6 @@ def install_error_hook():
             stream.reconfigure(errors="backslashreplace")
 
 
-def must_be_new(flag, path):
-    """No file is overwritten: BadInput if there is one, or none can be written there."""
-    if os.path.exists(path):
-        raise BadInput(f"--{flag}={path}: is there already; remove it or choose another name")
-    with open(path, "x"):
-        pass
-    os.remove(path)
-
-
 @contextlib.contextmanager
 def replaced(path, mode, **kwargs):
     """A file to write beside `path`, which takes its place when all is written, or never."""
@@ -1138,17 +1107,22 @@ def flag(default, help, least=None, most=10**9, choices=None):
                                             "limits": None if least is None else (least, most)})
 
 
+def new_file(path):
+    """A file to write, which must not be there, and can be: nothing is overwritten."""
+    if os.path.exists(path):
+        raise argparse.ArgumentTypeError(f"{path} is there already; remove it or name another")
+    if path:
+        open(path, "x").close()
+        os.remove(path)
+    return path
+
+
 def token_counts(text):
     """"0,1k,4096" as (0, 1024, 4096)."""
     if not re.fullmatch(r"\d{1,9}k?(,\d{1,9}k?)*", text.lower()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0,1k,4096")
-    return tuple(int(part.rstrip("k")) * (1024 if part[-1] == "k" else 1)
+    return tuple(int(part.replace("k", "")) * 1024 ** ("k" in part)
                  for part in text.lower().split(","))
-
-
-def flag_text(value):
-    """A value as it is given on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def parse_flags(defaults, description, argv=None):
@@ -1163,10 +1137,9 @@ def parse_flags(defaults, description, argv=None):
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(defaults):
-        default = "" if f.default in (None, "", (), False) else f" ({flag_text(f.default)})"
+        default = "" if f.default in (None, "", (), False) else f" ({f.default})"
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
-            "type": f.type, "choices": f.metadata["choices"],
-            "metavar": None if f.metadata["choices"] else f.name.upper()}
+            "type": f.type, "choices": f.metadata["choices"]}
         parser.add_argument(f"--{f.name}", default=getattr(defaults, f.name),
                             help=f.metadata["help"] + default, **kind)
     config = replace(defaults, **vars(parser.parse_args(argv)))
@@ -1196,9 +1169,9 @@ class Flags:
     score: bool = flag(False, "score out/ckpt.pt, or without one results/ten-tasks.pt, instead")
     ckpt: str = flag("", "score this checkpoint of train.py instead")
     tasks: str = flag("", "tasks to score: qa1,qa2 or all (those it was trained on)")
-    lengths: token_counts = flag((0, 1024, 4096), "tokens of context, 0 = no noise")
+    lengths: token_counts = flag("0,1k,4k", "tokens of context, 0 = no noise")
     retrieve: int = flag(0, "show the model only so many sentences, those BM25 finds best", 0)
-    csv: str = flag("", "write the scores to this file, too")
+    csv: new_file = flag("", "write the scores to this file, too")
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
@@ -1232,8 +1205,6 @@ def print_scores(flags):
     if not names:
         raise BadInput(f"{path} was trained on no bAbI task; name the --tasks to score it on")
     tasks = parse_tasks(names)
-    if flags.csv:
-        must_be_new("csv", flags.csv)
     counts = flags.samples + (flags.samples[-1],) * len(flags.lengths)
     noise = load_noise(flags.noise, encoding, f"score {flags.seed}")
     samples = {task: samples_of(task, max(flags.samples), flags.babi_dir, flags.seed)

@@ -41,7 +41,7 @@ class Flags:
     read: str = flag("", "a text of any size to read in a stream; - for standard input")
     far: int = flag(0, "tokens of noise to read after that, before the question", 0)
     noise: str = flag("", "texts to take them from, instead of the built-in noise: a.txt,b.txt")
-    save_memory: str = flag("", "save the memory here after reading")
+    save_memory: babi.new_file = flag("", "save the memory here after reading")
     # what to do then
     ask: str = flag(None, "a question; without it facts and questions come from the terminal")
     prompt: str = flag(None, "a text to continue instead")
@@ -52,7 +52,7 @@ class Flags:
     seed: int = flag(0, "seed of the continuation and of the noise", 0, 2**63 - 1)
     # what to see
     show: bool = flag(False, "print what the slots wrote and, for the answer, read")
-    html: str = flag("", "write the same as a page for a browser to this file")
+    html: babi.new_file = flag("", "write the same as a page for a browser to this file")
     device: str = flag("cpu", "auto, cpu, cuda or mps")
 
 
@@ -116,22 +116,11 @@ def read_noise(reader, encoding, flags, count):
         count -= len(part)
 
 
-def pieces(file, name):
-    """The text of a binary file in pieces that end before a space, so that no word is torn."""
-    rest = ""
-    for piece in babi.text_pieces(file, name):
-        rest += piece
-        cut = max(rest.rfind(" "), rest.rfind("\n"), 0) if len(rest) < 2**20 else len(rest)
-        yield rest[:cut]
-        rest = rest[cut:]
-    yield rest
-
-
 def read_stream(reader, encoding, name, clean):
     """Let the reader read a file, or standard input for "-"; progress goes to a terminal."""
     start, before, terminal = time.time(), reader.count, sys.stderr.isatty()
     with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-        for text in pieces(file, name):
+        for text in babi.text_pieces(file, name):
             read_text(reader, encoding, clean(text))
             if terminal:
                 print(f"{reader.count - before:,} tokens\r", end="", file=sys.stderr, flush=True)
@@ -550,9 +539,6 @@ def check(flags):
              "--html and --save_memory name the same file")):
         if wrong:
             raise BadInput(why)
-    for name in ("html", "save_memory"):
-        if path := getattr(flags, name):
-            babi.must_be_new(name, path)
 
 
 def main():

@@ -1118,7 +1118,7 @@ def test_a_device_that_cannot_compute_is_not_trusted(monkeypatch, capsys):
 
 def test_flags_are_those_given_and_else_the_defaults():
     switch = dataclasses.make_dataclass("Switch", [("on", bool, babi.flag(True, "a switch"))])
-    many = babi.Flags(task="qa2", samples=(5, 3), score=True, length=0)
+    many = babi.Flags(task="qa2", samples=(5, 3), lengths=(0, 1024, 4096), score=True, length=0)
     given = ["--task=qa2", "--samples=5,3", "--score", "--length=0"]
     assert babi.parse_flags(babi.Flags(), "", given) == babi.parse_flags(many, "", []) == many
     assert babi.parse_flags(many, "", ["--length=9"]) == dataclasses.replace(many, length=9)
@@ -1750,7 +1750,7 @@ def test_a_text_is_read_and_recorded_in_pieces_as_at_once(loaded, tmp_path, monk
     model, encoding = loaded
     text = "Mary went to the kitchen, and na\u00efve\nJohn slept.  " * 200
     monkeypatch.setattr(babi, "text_pieces", partial(babi.text_pieces, size=37))
-    small = list(sample.pieces(io.BytesIO(text.encode()), "book"))
+    small = list(babi.text_pieces(io.BytesIO(text.encode()), "book"))
     assert "".join(small) == text and len(small) > 100
     tokens = encoding.encode_ordinary(sample.tidy(text))
     (tmp_path / "book").write_text(text, encoding="utf-8")

@@ -13,7 +13,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,26 +113,23 @@ def step(model, optimizers, tokens):
 
 def shares_of_parts(model, optimizers, tokens):
     """{part: share of a step's time}, taken by hooks forward and backward."""
-    spent, begun = Counter(), {}
+    spent = Counter()
 
-    def start(part, *_):
-        begun[part] = clock(model.device)
-
-    def stop(name):
-        def hook(part, *_):
-            spent[name] += clock(model.device) - begun[part]
+    def note(name, sign):
+        def hook(*_):
+            spent[name] += sign * clock(model.device)
         return hook
 
     for block in model.blocks:
         for name in ("attention", "read", "write", "feed_forward"):
             part = getattr(block, name)
-            for register in (part.register_forward_pre_hook, part.register_full_backward_pre_hook):
-                register(start)
-            for register in (part.register_forward_hook, part.register_full_backward_hook):
-                register(stop(name))
+            part.register_forward_pre_hook(note(name, -1))
+            part.register_forward_hook(note(name, 1))
+            part.register_full_backward_pre_hook(note(name, -1))
+            part.register_full_backward_hook(note(name, 1))
     for optimizer in optimizers:
-        optimizer.register_step_pre_hook(start)
-        optimizer.register_step_post_hook(stop("optimizers"))
+        optimizer.register_step_pre_hook(note("optimizers", -1))
+        optimizer.register_step_post_hook(note("optimizers", 1))
     whole = timed(model.device, step, model, optimizers, tokens)
     spent["the rest"] = whole - sum(spent.values())
     return {name: seconds / whole for name, seconds in spent.items()}
@@ -141,8 +137,7 @@ def shares_of_parts(model, optimizers, tokens):
 
 def bench_training(config, device, segments, rounds):
     length = segments * config.block_size
-    flags = SimpleNamespace(batch_size=32, batch_tokens=8192)
-    shape = babi.rows_of(length, flags), length     # as train.py makes its batches
+    shape = min(32, 8192 // length), length     # as train.py makes its batches
     tokens = torch.randint(config.vocab_size, shape, device=device)
     arms, kernels, speeds = {}, {}, {"vanilla": [], "RMT": [], "LM2": []}
     for name, memory in zip(speeds, ("none", "rmt", "lm2")):

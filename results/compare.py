@@ -33,7 +33,7 @@ class Flags:
     train: words = flag("", "flags of train.py for every arm")
     score: words = flag("--lengths=0,1k,4k,16k,64k --samples=500,200,200,100,50",
                         "flags of babilong_tiny.py for every arm")
-    seeds: babi.token_counts = flag((0, 1, 2), "seeds that every arm gets")
+    seeds: babi.token_counts = flag("0,1,2", "seeds that every arm gets")
     out: str = flag("", "folder of the runs (out-STUDY)")
 
 
