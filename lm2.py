@@ -5,12 +5,6 @@ only. What must cross a segment border goes through memory banks: every block re
 cross-attention, and each segment updates it through LSTM-like gates. (The local mixer, for its
 part, carries the last few token embeddings over the border.)
 
-Here are the decoder (RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases, tied
-head), the memory with a switch for each gate, the rivals memory="rmt" (Recurrent Memory
-Transformer) and memory="none", a local mixer (a short causal convolution over the embeddings),
-generation, Muon and loading. Not here: dropout, weights of large models; several processes are
-train.py's.
-
 Glossary (B batch, L tokens of a text, in S segments of T, N memory slots, d width)
     in the code     in the paper     shape          what it is
     bank            M_t              B x N x d      a block's memory bank; starts as eye(N, d)
